@@ -1,0 +1,145 @@
+"""Times the fast branch's sparse attention against dense SDPA, after checking that both compute what they promise.
+
+    python benchmarks/attention.py [--lengths 1024 2048] [--quick] [--device cuda]
+
+Prefill: one row, all queries. Decode: one query over a cache of that many keys. Baseline and ours run strictly in turn, in one process, the median
+of `--repeats` after one warm-up call. Extra memory: the sum of live tensors allocated during the call, at its highest.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from kernels import AttentionPlan, SparseSpec, dense_attention, get_backend, pool_keys, reference, sparse_attention  # noqa: E402
+
+LENGTHS = [1024, 2048, 4096, 8192, 16384]
+
+
+def make(T: int, n_keys: int, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    H, Hk, D = args.n_heads, args.n_kv_heads, args.head_dim
+    g = torch.Generator().manual_seed(0)
+    shapes = ((1, T, H, D), (1, n_keys, Hk, D), (1, n_keys, Hk, D))
+    q, k, v = (torch.randn(s, generator=g).to(args.device, args.dtype) for s in shapes)
+    return q, k, v
+
+
+def check(args: argparse.Namespace) -> float:
+    """Largest difference to the reference over prefill and decode; raises if it is more than rounding."""
+    spec, S, worst = SparseSpec(), 1000, 0.0
+    q, k, v = make(S, S, args)
+    plan = AttentionPlan(torch.arange(S, device=args.device)[None], S)
+    for op, ref, extra in ((sparse_attention, reference.sparse_attention, (spec,)), (dense_attention, reference.dense_attention, ())):
+        expected = ref(q.float(), k.float(), v.float(), plan, *extra)
+        worst = max(worst, (op(q, k, v, plan, *extra).float() - expected).abs().max().item())
+        last = AttentionPlan(plan.q_pos[:, -1:], S)
+        worst = max(worst, (op(q[:, -1:], k, v, last, *extra).float() - expected[:, -1:]).abs().max().item())
+    allowed = 1e-4 if args.dtype == torch.float32 else 5e-2
+    if worst > allowed:
+        raise SystemExit(f"not equal to the reference: largest difference {worst:.2e}, allowed {allowed:.0e}; nothing was timed")
+    return worst
+
+
+def time_in_turn(calls: dict, repeats: int, device: str) -> dict[str, tuple[float, float]]:
+    """name -> (median, half of the middle half's width) in milliseconds."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if i:
+                seconds[name].append((time.perf_counter() - start) * 1e3)
+    spread = {n: (sorted(s)[(3 * len(s)) // 4] - sorted(s)[len(s) // 4]) / 2 for n, s in seconds.items()}
+    return {n: (statistics.median(s), spread[n]) for n, s in seconds.items()}
+
+
+def peak_extra_mib(call, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak / 2**20
+
+
+@torch.inference_mode()
+def measure(args: argparse.Namespace) -> list[dict]:
+    spec, rows = SparseSpec(), []
+    for n in args.lengths:
+        for phase in ("prefill", "decode"):
+            T = n if phase == "prefill" else 1
+            q, k, v = make(T, n, args)
+            plan = AttentionPlan(torch.arange(n - T, n, device=args.device)[None], n)
+            pooled = pool_keys(k, spec.block_size) if phase == "decode" else None
+            qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
+            calls = {
+                "sdpa": lambda: F.scaled_dot_product_attention(qt, kt, vt, is_causal=T > 1, enable_gqa=args.n_heads != args.n_kv_heads),
+                "dense": lambda: dense_attention(q, k, v, plan),
+                "sparse": lambda: sparse_attention(q, k, v, plan, spec, pooled),
+            }
+            times = time_in_turn(calls, args.repeats * (10 if phase == "decode" else 1), args.device)
+            row = {"phase": phase, "n_keys": n}
+            for name, (median, spread) in times.items():
+                row |= {f"{name}_ms": round(median, 3), f"{name}_spread_ms": round(spread, 3)}
+                row[f"{name}_mib"] = round(peak_extra_mib(calls[name], args.device), 1)
+            rows.append(row)
+            print(
+                f"| {phase} | {n} | {row['sdpa_ms']:.2f} | {row['dense_ms']:.2f} | {row['sparse_ms']:.2f} ± {row['sparse_spread_ms']:.2f} "
+                f"| {min(row['sdpa_ms'], row['dense_ms']) / row['sparse_ms']:.2f}x | {row['dense_mib']:.0f} | {row['sparse_mib']:.0f} |",
+                flush=True,
+            )
+    return rows
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() if done.returncode == 0 else "none"
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+")
+    parser.add_argument("--quick", action="store_true", help="1K and 2K only, one repeat")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--n-heads", type=int, default=8)
+    parser.add_argument("--n-kv-heads", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    args = parser.parse_args(argv)
+    args.dtype = getattr(torch, args.dtype)
+    args.lengths = args.lengths or (LENGTHS[:2] if args.quick else LENGTHS)
+    args.repeats = 1 if args.quick else args.repeats
+    worst = check(args)
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"equal to the reference within {worst:.1e}; {device}; {args.n_heads} heads x {args.head_dim}, {args.n_kv_heads} KV heads, batch 1")
+    print("| phase | keys | SDPA ms | dense ms | sparse ms | faster than best dense | dense MiB | sparse MiB |\n|---|---|---|---|---|---|---|---|")
+    rows = measure(args)
+    info = {"torch": torch.__version__, "commit": commit(), "device": device, "backend": get_backend(), "dtype": str(args.dtype)}
+    info |= {"n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads, "head_dim": args.head_dim, "spec": vars(SparseSpec()), "max_error": worst}
+    print(json.dumps({"benchmark": "attention", **info, "rows": rows}))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What a token costs: parameters read, floating-point operations, bytes of cache. Plain arithmetic on the config.
+
+Conventions: a multiply-add is 2 FLOPs; only matrices count (norms, activations and the embedding look-up do not); attention counts
+scores and the weighted sum, and for the fast branch the block scores as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dualbranch.config import DualBranchConfig
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`params`: all weights of the model. The rest is per token: `params_read`, `flops`, `kv_bytes` (bytes the token adds to the cache)."""
+
+    params: int
+    params_read: float
+    flops: float
+    kv_bytes: int
+
+
+def branch_params(c: DualBranchConfig, n_heads: int, d_ff: int) -> int:
+    """Matrices of one branch: queries, output, feed-forward."""
+    return 2 * c.d_model * n_heads * c.head_dim + 3 * c.d_model * d_ff
+
+
+def kv_params(c: DualBranchConfig) -> int:
+    """Matrices of one layer's K/V projection, paid by every token."""
+    return 2 * c.d_model * c.n_kv_heads * c.head_dim
+
+
+def gate_params(c: DualBranchConfig) -> int:
+    return 0 if c.is_dense else c.d_model * c.d_gate + c.d_gate
+
+
+def fast_keys(c: DualBranchConfig, n_visible: int) -> int:
+    """Keys a fast query reads when `n_visible` are visible (its own included): all below `dense_len`, a bounded number above."""
+    s = c.sparse
+    return n_visible if n_visible <= s.dense_len else min(n_visible, s.n_sinks + s.window + s.n_selected_blocks * s.block_size)
+
+
+def total_params(c: DualBranchConfig) -> int:
+    """Parameter count of `DualBranchModel(c)`, without building it."""
+    norms_and_biases = 0
+    for n_heads, dual in ((c.n_heads, False), *(((c.fast_n_heads, True),) if not c.is_dense else ())):
+        layers = len(c.dual_layers) if dual else c.n_layers
+        per_layer = c.d_model + (c.head_dim if c.qk_norm else 0) + (n_heads * c.head_dim if c.qkv_bias else 0)
+        if not dual:  # the shared part: attention norm, key norm, K/V biases
+            per_layer += c.d_model + (c.head_dim if c.qk_norm else 0) + (2 * c.n_kv_heads * c.head_dim if c.qkv_bias else 0)
+        norms_and_biases += layers * per_layer
+    matrices = c.n_layers * (kv_params(c) + branch_params(c, c.n_heads, c.d_ff))
+    matrices += len(c.dual_layers) * branch_params(c, c.fast_n_heads, c.fast_d_ff)
+    embeddings = c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
+    gate = 0 if c.is_dense else gate_params(c) + c.d_model + c.d_gate + 1
+    return embeddings + matrices + norms_and_biases + c.d_model + gate
+
+
+def layer_flops(c: DualBranchConfig, slow: bool, n_cached: int) -> float:
+    """One layer, one token that sees `n_cached` earlier tokens and itself."""
+    n = n_cached + 1
+    if slow:
+        return 2 * (kv_params(c) + branch_params(c, c.n_heads, c.d_ff)) + 4 * c.n_heads * c.head_dim * n
+    flops = 2 * (kv_params(c) + branch_params(c, c.fast_n_heads, c.fast_d_ff)) + 4 * c.fast_n_heads * c.head_dim * fast_keys(c, n)
+    if n > c.sparse.dense_len:
+        flops += 2 * c.fast_n_heads * c.head_dim * (n // c.sparse.block_size)
+    return flops
+
+
+def token_flops(c: DualBranchConfig, slow_share: float, n_cached: int) -> float:
+    """The whole model for one token, of which `slow_share` in [0, 1] is computed slow (0 or 1 for a single token)."""
+    n_dual = len(c.dual_layers)
+    flops = (c.n_layers - n_dual) * layer_flops(c, True, n_cached) + 2 * c.vocab_size * c.d_model + 2 * gate_params(c)
+    return flops + n_dual * (slow_share * layer_flops(c, True, n_cached) + (1 - slow_share) * layer_flops(c, False, n_cached))
+
+
+def token_cost(c: DualBranchConfig, route: str | float, n_cached: int, kv_element_bytes: int) -> Cost:
+    """The cost of one token; `route` is "slow", "fast" or the share of slow tokens in [0, 1]."""
+    share = {"slow": 1.0, "fast": 0.0}.get(route, route) if isinstance(route, str) else float(route)
+    if not isinstance(share, float) or not 0.0 <= share <= 1.0:
+        raise ValueError(f"cost of route {route!r} is not defined; give 'slow', 'fast' or the share of slow tokens in [0, 1]")
+    n_dual = len(c.dual_layers)
+    slow, fast = branch_params(c, c.n_heads, c.d_ff), branch_params(c, c.fast_n_heads, c.fast_d_ff)
+    read = c.n_layers * kv_params(c) + (c.n_layers - n_dual) * slow + n_dual * (share * slow + (1 - share) * fast)
+    read += c.vocab_size * c.d_model + gate_params(c)
+    return Cost(total_params(c), read, token_flops(c, share, n_cached), c.n_layers * kv_params(c) // c.d_model * kv_element_bytes)

@@ -1,0 +1,95 @@
+"""One transformer block with a slow and, if it is dual, a fast branch over the same keys and values.
+
+`model.py` calls `Block.forward` layer by layer. Tokens travel as a flat `(N, E)` matrix; a `TokenGroup` (routing.py) says which
+tokens they are and how they see the keys. A block never decides a route: it is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from dualbranch.config import DualBranchConfig
+from dualbranch.layers import FeedForward, apply_rope
+from dualbranch.routing import Partition, TokenGroup
+from kernels import SparseSpec, dense_attention, sparse_attention
+
+#: Stores a layer's new keys and values and returns all it may read: k, v `(B, S, Hk, D)` and pooled keys or None.
+KVStore = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+
+
+class KVProjection(nn.Module):
+    """Keys and values of every token, whichever branch computes it: the reason why no token is ever missing from the cache."""
+
+    def __init__(self, c: DualBranchConfig) -> None:
+        super().__init__()
+        self.n_kv_heads = c.n_kv_heads
+        self.w_k = nn.Linear(c.d_model, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.w_v = nn.Linear(c.d_model, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """`h (N, E)` -> k (rotated), v, each `(N, Hk, D)`."""
+        k = rearrange(self.w_k(h), "n (h d) -> n h d", h=self.n_kv_heads)
+        v = rearrange(self.w_v(h), "n (h d) -> n h d", h=self.n_kv_heads)
+        return apply_rope(self.k_norm(k), cos, sin), v
+
+
+class Branch(nn.Module):
+    """Queries, output matrix and feed-forward of one branch; reads and writes the full residual. `sparse` is None for the slow one."""
+
+    def __init__(self, c: DualBranchConfig, n_heads: int, d_ff: int, sparse: SparseSpec | None) -> None:
+        super().__init__()
+        self.n_heads, self.sparse = n_heads, sparse
+        self.w_q = nn.Linear(c.d_model, n_heads * c.head_dim, bias=c.qkv_bias)
+        self.w_o = nn.Linear(n_heads * c.head_dim, c.d_model, bias=False)
+        self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.ff_norm = nn.RMSNorm(c.d_model, c.norm_eps)
+        self.ff = FeedForward(c.d_model, d_ff, c.activation)
+
+    def attend(self, h: Tensor, group: TokenGroup, k: Tensor, v: Tensor, pooled: Tensor | None) -> Tensor:
+        """Head outputs `(N, H * D)` before the output matrix, for normed inputs `h (N, E)`."""
+        q = rearrange(self.w_q(h), "n (h d) -> n h d", h=self.n_heads)
+        q = group.to_grid(apply_rope(self.q_norm(q), group.cos, group.sin))  # (B, Tg, H, D)
+        if self.sparse is None:
+            y = dense_attention(q, k, v, group.plan)
+        else:
+            y = sparse_attention(q, k, v, group.plan, self.sparse, pooled)
+        return rearrange(group.from_grid(y), "n h d -> n (h d)")
+
+    def forward(self, x: Tensor, h: Tensor, group: TokenGroup, k: Tensor, v: Tensor, pooled: Tensor | None) -> Tensor:
+        """The whole block as this branch computes it: residual stream in `(N, E)`, residual stream out."""
+        x = x + self.w_o(self.attend(h, group, k, v, pooled))
+        return x + self.ff(self.ff_norm(x))
+
+
+class Block(nn.Module):
+    """`out = g * fast(x) + (1 - g) * slow(x)` over one residual stream and one set of K/V. Without a fast branch it is an ordinary block."""
+
+    def __init__(self, c: DualBranchConfig, dual: bool) -> None:
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(c.d_model, c.norm_eps)
+        self.kv = KVProjection(c)
+        self.slow = Branch(c, c.n_heads, c.d_ff, sparse=None)
+        self.fast = Branch(c, c.fast_n_heads, c.fast_d_ff, sparse=c.sparse) if dual else None
+
+    def forward(self, x: Tensor, partition: Partition, store: KVStore) -> Tensor:
+        """Hard route: `x (N, E)`, ordered as `partition` says ([slow | fast]), to `(N, E)`; each token pays for one branch."""
+        h = self.attn_norm(x)
+        keys = store(*self.kv(h, partition.cos, partition.sin))
+        n, parts = partition.n_slow, []
+        if partition.slow is not None:
+            parts.append(self.slow(x[:n], h[:n], partition.slow, *keys))
+        if partition.fast is not None:
+            parts.append(self.fast(x[n:], h[n:], partition.fast, *keys))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def mix(self, x: Tensor, tokens: TokenGroup, store: KVStore, g: Tensor) -> Tensor:
+        """Soft route: both branches on every token, mixed by `g (N,)`. At g = 0 and g = 1 it equals the hard route exactly."""
+        h = self.attn_norm(x)
+        keys = store(*self.kv(h, tokens.cos, tokens.sin))
+        w = g[:, None].to(x.dtype)
+        return w * self.fast(x, h, tokens, *keys) + (1 - w) * self.slow(x, h, tokens, *keys)

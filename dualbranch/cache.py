@@ -1,0 +1,130 @@
+"""Key/value storage behind one small interface, so that paging can replace the contiguous cache without touching a block.
+
+A forward pass asks for a `writer` once, then calls `writer.layer(i)` for each block; what comes back is a `KVStore` (block.py).
+`NoCache` serves a pass without a cache, `KVCache` a conversation or a batch of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dualbranch.config import DualBranchConfig
+
+
+class CacheFull(ValueError):
+    """More tokens than the cache has room for; the message gives both counts."""
+
+
+@dataclass(frozen=True)
+class NoCache:
+    """Keys of this pass only: laid out on the `(B, T)` grid of its tokens. Differentiable."""
+
+    n_rows: int
+    n_cols: int
+
+    def layer(self, _: int, order: Tensor | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, None]]:
+        def store(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
+            if order is not None:
+                k, v = (x.new_zeros(self.n_rows * self.n_cols, *x.shape[1:]).index_copy(0, order, x) for x in (k, v))
+            shape = (self.n_rows, self.n_cols, *k.shape[1:])
+            return k.view(shape), v.view(shape), None
+
+        return store
+
+
+class KVCache:
+    """Contiguous cache of `n_rows` sequences of up to `capacity` tokens each (rounded up to whole selection blocks).
+
+    `k[i], v[i] (B, C, Hk, D)` per layer; `pooled[i] (B, C / block_size, Hk, D)` fp32 mean keys of the complete blocks of dual layers,
+    updated once per block; `n_cached (B,)` int64 on the CPU; `from_slow (B, C)` bool on the CPU: provenance of each row's tokens.
+    Slots at and after `n_cached` hold nothing meaningful.
+    """
+
+    def __init__(self, config: DualBranchConfig, n_rows: int, capacity: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        block = config.sparse.block_size
+        self.config, self.capacity = config, -(-capacity // block) * block
+        shape = (n_rows, self.capacity, config.n_kv_heads, config.head_dim)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        pooled_shape = (n_rows, self.capacity // block, config.n_kv_heads, config.head_dim)
+        self.pooled = {i: torch.zeros(pooled_shape, device=device) for i in config.dual_layers}
+        self.n_cached = torch.zeros(n_rows, dtype=torch.int64)
+        self.from_slow = torch.ones(n_rows, self.capacity, dtype=torch.bool)
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_cached.numel()
+
+    def n_bytes(self) -> int:
+        """Bytes held, whether filled or not."""
+        return sum(t.numel() * t.element_size() for t in [*self.k, *self.v, *self.pooled.values()])
+
+    def truncate(self, n_cached: Tensor | int) -> None:
+        """Forgets everything after the first `n_cached` tokens of each row. Mutates the cache."""
+        self.n_cached = torch.minimum(self.n_cached, torch.as_tensor(n_cached, dtype=torch.int64).expand(self.n_rows)).clone()
+
+    def select_rows(self, index: Tensor) -> KVCache:
+        """A new cache holding copies of the rows `index (R,)`; what a batch does when some of its sequences end."""
+        out = object.__new__(KVCache)
+        out.config, out.capacity = self.config, self.capacity
+        out.k, out.v = [t[index] for t in self.k], [t[index] for t in self.v]
+        out.pooled = {i: t[index] for i, t in self.pooled.items()}
+        out.n_cached, out.from_slow = self.n_cached[index], self.from_slow[index]
+        return out
+
+    def writer(self, n_new: Tensor, n_cols: int) -> CacheWriter:
+        """For one forward pass of `n_new (B,)` tokens per row on a grid `n_cols` wide. Raises CacheFull; mutates nothing yet."""
+        needed = int((self.n_cached + n_new).max())
+        if needed > self.capacity:
+            raise CacheFull(f"the cache holds {self.capacity} tokens and {needed} are needed; ask for fewer tokens or a larger capacity (max_seq_len)")
+        return CacheWriter(self, n_new, n_cols)
+
+    def advance(self, n_new: Tensor, use_slow: Tensor | None) -> None:
+        """Counts `n_new (B,)` tokens as cached, with their route `use_slow (B, T)` (None = all slow). Mutates the cache."""
+        for b, (start, n) in enumerate(zip(self.n_cached.tolist(), n_new.tolist(), strict=True)):
+            self.from_slow[b, start : start + n] = True if use_slow is None else use_slow[b, :n].cpu()
+        self.n_cached = self.n_cached + n_new
+
+
+class CacheWriter:
+    """Where the tokens of one forward pass go, worked out once and used by every layer."""
+
+    def __init__(self, cache: KVCache, n_new: Tensor, n_cols: int) -> None:
+        self.cache = cache
+        device, block = cache.k[0].device, cache.config.sparse.block_size
+        start, end = cache.n_cached, cache.n_cached + n_new
+        self.n_keys = int(end.max())
+        t = torch.arange(n_cols)
+        row = torch.arange(cache.n_rows)[:, None]
+        self.valid = (t[None] < n_new[:, None]).flatten()
+        dest = (row * cache.capacity + start[:, None] + t[None]).flatten()
+        self.cells = self.valid.nonzero().squeeze(1).to(device)  # grid cells that hold a token
+        self.dest = dest.to(device)  # flat cache slot of each grid cell
+        self.all_valid = bool(self.valid.all())
+        first, last = start // block, end // block
+        pairs = [(b, n) for b in range(cache.n_rows) for n in range(int(first[b]), int(last[b]))]
+        self.completed = torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2)  # (row, block) newly complete
+
+    def layer(self, i: int, order: Tensor | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
+        """The store of layer `i`; `order` as in `Partition`. Calling it writes into the cache."""
+        cache, block = self.cache, self.cache.config.sparse.block_size
+
+        def store(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            cells = order
+            if order is None and not self.all_valid:
+                cells, k, v = self.cells, k[self.cells], v[self.cells]
+            dest = self.dest if cells is None else self.dest[cells]
+            for full, new in ((cache.k[i], k), (cache.v[i], v)):
+                full.flatten(0, 1).index_copy_(0, dest, new.to(full.dtype))
+            pooled = cache.pooled.get(i)
+            if pooled is not None and len(self.completed):
+                b, n = self.completed.unbind(1)
+                blocks = cache.k[i].unflatten(1, (-1, block))[b, n]  # (pairs, block_size, Hk, D)
+                pooled[b, n] = blocks.float().mean(1)
+            return cache.k[i][:, : self.n_keys], cache.v[i][:, : self.n_keys], pooled
+
+        return store

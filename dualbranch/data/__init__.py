@@ -1,0 +1,1 @@
+"""Training data: verifiable problems (`problem.py`, `tasks/`), text and packing."""

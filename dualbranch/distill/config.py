@@ -1,0 +1,147 @@
+"""The schema of a run: what `configs/*.yaml` may say, with the defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dualbranch.config import DualBranchConfig
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """sentencepiece, trained in the run unless the teacher checkpoint brings its own. `n_problems`: generated problems it is trained on."""
+
+    vocab_size: int = 1280
+    n_problems: int = 20_000
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a batch holds. Shares are of documents.
+
+    `tasks`: names of the generator's tasks, empty = all. `text`: the user's own files or folders (plain language modelling).
+    `levels_start`, `levels_end`: weights of easy, medium, hard, moved linearly over the first `curriculum` share of the teacher's
+    training. `thinking`: share of problems answered with their reasoning. `multi_turn`: share of documents with two to three problems.
+    """
+
+    seq_len: int = 256
+    batch_rows: int = 32
+    tasks: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    text_share: float = 0.0
+    thinking: float = 0.75
+    multi_turn: float = 0.05
+    levels_start: tuple[float, float, float] = (0.7, 0.25, 0.05)
+    levels_end: tuple[float, float, float] = (0.25, 0.35, 0.4)
+    curriculum: float = 0.5
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """`muon` orthogonalises the momentum of matrices (Jordan et al. 2024) and leaves the rest to AdamW; `adamw` uses AdamW throughout.
+
+    `lr` is the matrices' peak rate in AdamW units (update RMS 0.2 for muon), `lr_other` that of embeddings, norms and the gate.
+    Linear warm-up over `warmup`, linear decay to zero over the last `decay` share of the steps. `micro_batches` splits a batch.
+    """
+
+    kind: Literal["muon", "adamw"] = "muon"
+    lr: float = 3e-3
+    lr_other: float = 3e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.02
+    decay: float = 0.5
+    clip_norm: float = 1.0
+    micro_batches: int = 1
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """`checkpoint`: a folder or name to load; otherwise a dense decoder with the sizes of `model` is trained for `steps`.
+
+    After a share `1 - decide` of the steps the teacher answers `n_assess` training problems without reasoning; the rest of the steps
+    also teach it to decide: `<think>` where its direct answer was wrong.
+    """
+
+    checkpoint: str | None = None
+    steps: int = 1000
+    decide: float = 0.25
+    n_assess: int = 4096
+    compile: bool = False
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """`init`: "teacher" (slow branch = teacher, fast branch from its most important heads and neurons), "scratch" (nothing is
+    copied), "smaller" (a narrower student cut out of the teacher; both branches).
+
+    `freeze_slow` keeps the slow branch bit for bit. `routes`: shares of all-fast, mixed and all-slow batches. Loss weights: `soft` KL to
+    the teacher at `temperature`, `hard` cross-entropy, `align` distance of the fast stream to the slow one.
+    `distinct_batches` = n repeats the first n batches (0 = every step sees new ones); with `cache_logits` = k the teacher's top-k
+    log-probabilities and tail mass are then stored on disk at the first visit and read at later ones (0 = computed each step).
+    """
+
+    init: Literal["teacher", "scratch", "smaller"] = "teacher"
+    freeze_slow: bool = True
+    steps: int = 300
+    routes: tuple[float, float, float] = (0.6, 0.4, 0.0)
+    soft: float = 1.0
+    hard: float = 0.1
+    align: float = 0.1
+    temperature: float = 1.0
+    refit_rows: int = 64
+    distinct_batches: int = 0
+    cache_logits: int = 0
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, lr_other=1e-3))
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """The gate is fitted on `rows` packed rows run all-slow and all-fast, `steps` full-batch steps, then calibrated on `calibration_rows` held-out ones."""
+
+    rows: int = 256
+    steps: int = 400
+    lr: float = 1e-2
+    calibration_rows: int = 64
+    default_budget: float = 0.3
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """`n_problems` test problems per task (all levels and both languages), `n_shifted` per task and shift, budgets of the `auto` curve."""
+
+    n_problems: int = 60
+    n_shifted: int = 20
+    budgets: tuple[float, ...] = (0.0, 0.15, 0.3, 0.5, 0.75, 1.0)
+    routing_rows: int = 64
+    max_tokens: int = 256
+    batch_size: int = 128
+    dense_baseline: bool = True
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run. `name` is its folder under `out`; `threads` of 0 leaves torch's choice; `until` stops after that stage; `save_every` in steps."""
+
+    name: str = "run"
+    out: str = "runs"
+    seed: int = 0
+    threads: int = 0
+    until: Literal["teacher", "report"] = "report"
+    model: DualBranchConfig = field(default_factory=DualBranchConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ValueError(f"name is {self.name!r}; it names a folder under out and may not be empty, hidden or hold a slash")
+        if self.data.batch_rows % self.teacher.optim.micro_batches or self.data.batch_rows % self.student.optim.micro_batches:
+            raise ValueError(f"data.batch_rows ({self.data.batch_rows}) must be a multiple of every optim.micro_batches")
+        if self.save_every < 1:
+            raise ValueError(f"save_every is {self.save_every}; it must be at least 1 step")

@@ -1,0 +1,154 @@
+"""One pipeline for every run: tokenizer -> teacher -> student -> gate -> evaluation -> report. Called by `train.py`.
+
+Each stage leaves its result in its own folder and a `done` marker, and is skipped when that exists; a stage cut short continues from
+its last state. Nothing here computes; see `stages.py`, `evaluate.py`, `report.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dualbranch import accounting
+from dualbranch.checkpoint import load_checkpoint, load, save_checkpoint, write_text
+from dualbranch.config import DualBranchConfig
+from dualbranch.distill import dist, stages
+from dualbranch.distill.config import RunConfig
+from dualbranch.distill.cut import init_from_teacher
+from dualbranch.distill.trainer import MetricsLog
+from dualbranch.evaluate import run_evaluation
+from dualbranch.model import DualBranchModel
+from dualbranch.report import write_report
+from dualbranch.schema import load_yaml, save_yaml, to_dict
+from dualbranch.tokenizer import Tokenizer
+
+
+class RunExists(ValueError):
+    """The run's folder is taken, by a run that this one would overwrite or contradict."""
+
+
+def run(config: RunConfig, resume: bool = False) -> Path:
+    """Runs every stage that is not done yet, up to `config.until`; returns the run's folder.
+
+    Raises RunExists when the folder holds a run and `resume` is not set, or a run of another config; ValueError for what the config gets
+    wrong; OSError where the folder can't be written; trainer.Stopped on Ctrl-C.
+    """
+    dist.init()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    folder = open_run(config, resume)
+    log = MetricsLog(folder / "metrics.jsonl")
+    teacher, tok = make_teacher(config, folder, log)
+    if config.until == "teacher":
+        return folder
+    model_config = dataclasses.replace(config.model, vocab_size=tok.vocab_size)
+    student = make_student(config, model_config, folder / "student", "student", teacher, tok, log)
+    dense = None
+    if config.evaluation.dense_baseline:
+        dense = make_student(config, dense_of_equal_cost(model_config, config.gate.default_budget), folder / "dense", "dense", teacher, tok, log)
+    if dist.rank() == 0:
+        student = make_gate(config, student, folder / "gate", tok, log)
+        if not (folder / "evaluation.json").exists():
+            results = run_evaluation(config, tok, student, teacher, dense, log)
+            write_text(folder / "evaluation.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        write_report(folder)
+    dist.barrier()
+    return folder
+
+
+def open_run(config: RunConfig, resume: bool) -> Path:
+    """Creates the run's folder, or checks that what is there is this run. Where it can't be written, says so before any work is done."""
+    folder = Path(config.out) / config.name
+    saved = folder / "config.yaml"
+    if dist.rank() == 0:
+        if saved.exists():
+            if not resume:
+                raise RunExists(f"{folder} holds a run already; continue it with --resume, or start another with --set name=NEW")
+            if different := differences(to_dict(load_yaml(saved, RunConfig)), to_dict(config)):
+                raise RunExists(f"{folder} was made with another config ({'; '.join(different[:4])}); undo that, or start another run with --set name=NEW")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not saved.exists():
+                save_yaml(saved, config)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError("not writable")
+        except OSError as error:
+            raise OSError(f"cannot write to the run folder {folder} ({error}); choose another with --set out=FOLDER") from error
+    dist.barrier()
+    return folder
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """The settings in which two resolved configs differ, as `path: old -> new`."""
+    found = []
+    for key in new:
+        if isinstance(new[key], dict) and isinstance(old.get(key), dict):
+            found += differences(old[key], new[key], f"{prefix}{key}.")
+        elif old.get(key) != new[key]:
+            found.append(f"{prefix}{key}: {old.get(key)} -> {new[key]}")
+    return found
+
+
+def stage(folder: Path, tok: Tokenizer, make: Callable[[], DualBranchModel]) -> DualBranchModel:
+    """The checkpoint in `folder` if its stage is done, else what `make` returns, saved there."""
+    if not (folder / "done").exists():
+        if dist.rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+        model = make()
+        if dist.rank() == 0:
+            save_checkpoint(folder, model, tok)
+            write_text(folder / "done", "")
+        dist.barrier()
+    return load_checkpoint(folder)[0]
+
+
+def make_teacher(config: RunConfig, folder: Path, log: MetricsLog) -> tuple[DualBranchModel, Tokenizer]:
+    """The configured checkpoint, or one trained here (with a tokenizer of its own)."""
+    if config.teacher.checkpoint is not None:
+        loaded = load(config.teacher.checkpoint, dtype=torch.float32)
+        return loaded.model, loaded.tokenizer
+    path = folder / "tokenizer.model"
+    if not path.exists() and dist.rank() == 0:
+        stages.train_tokenizer(config, path)
+    dist.barrier()
+    tok = Tokenizer.load(path)
+    sized = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tok.vocab_size))
+    return stage(folder / "teacher", tok, lambda: stages.train_teacher(sized, tok, folder / "teacher", log)), tok
+
+
+def make_student(config: RunConfig, model_config: DualBranchConfig, folder: Path, name: str, teacher: DualBranchModel, tok: Tokenizer, log: MetricsLog) -> DualBranchModel:
+    """A student of the given sizes: initialised as the config says, then distilled."""
+
+    def make() -> DualBranchModel:
+        student = DualBranchModel(model_config)
+        student.init_weights(config.seed + 1)
+        if config.student.init != "scratch":
+            calibration = stages.source(config, tok, purpose=4).batch(0, n_rows=config.student.refit_rows)
+            init_from_teacher(student, teacher, calibration)
+        return stages.train_student(config, tok, teacher, student, folder, log, name)
+
+    return stage(folder, tok, make)
+
+
+def make_gate(config: RunConfig, student: DualBranchModel, folder: Path, tok: Tokenizer, log: MetricsLog) -> DualBranchModel:
+    """The student with its gate trained and calibrated."""
+
+    def make() -> DualBranchModel:
+        log.rewind("gate", 0)
+        stages.train_gate(config, tok, student, log)
+        return student
+
+    return stage(folder, tok, make)
+
+
+def dense_of_equal_cost(c: DualBranchConfig, slow_share: float) -> DualBranchConfig:
+    """A conventional decoder that costs per token what the dual-branch one costs on average with `slow_share` of its tokens slow."""
+    target = accounting.token_flops(c, slow_share, 128)
+    n_heads = max(c.n_kv_heads, round(c.n_heads * 0.67 / c.n_kv_heads) * c.n_kv_heads)
+    sizes = [dataclasses.replace(stages.dense_config(c), n_heads=n_heads, d_ff=d_ff) for d_ff in range(8, c.d_ff + 1, 8)] or [stages.dense_config(c)]
+    return min(sizes, key=lambda d: abs(accounting.token_flops(d, 1.0, 128) - target))

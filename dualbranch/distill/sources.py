@@ -1,0 +1,77 @@
+"""Training batches as pure functions of (seed, step): nothing to save, and a resumed run sees exactly the batches it would have seen."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dualbranch.chat import render_conversation
+from dualbranch.data.packing import Rows, pack
+from dualbranch.data.problem import LANGS, LEVELS, Problem, sample_problem
+from dualbranch.data.tasks import TASKS
+from dualbranch.data.text import load_documents
+from dualbranch.distill.config import DataConfig
+from dualbranch.tokenizer import Tokenizer
+
+#: Weight of the decision token's loss; a document has one of them among about eighty others.
+DECISION_WEIGHT = 4.0
+
+
+class BatchSource:
+    """Packed rows of generated problems and, if configured, of the user's text.
+
+    `align` is the model's selection block size. `needs_thinking`, once the teacher has assessed itself, makes half of the documents
+    labelled problems whose decision token counts in the loss.
+    """
+
+    def __init__(self, config: DataConfig, tok: Tokenizer, seed: int, align: int, split: str = "train") -> None:
+        unknown = sorted(set(config.tasks) - set(TASKS))
+        if unknown:
+            raise ValueError(f"data.tasks names unknown tasks {unknown}; there are {sorted(TASKS)}")
+        self.config, self.tok, self.seed, self.align, self.split = config, tok, seed, align, split
+        self.tasks = list(config.tasks) or list(TASKS)
+        self.needs_thinking: Sequence[bool] = ()
+        self.documents = [tok.encode(d) for d in load_documents(config.text, "train" if split == "train" else "valid")] if config.text else []
+
+    def problem(self, rng: random.Random, progress: float = 1.0) -> Problem:
+        """One problem, its level drawn from the curriculum at `progress` in [0, 1] of the training."""
+        c = self.config
+        done = min(1.0, progress / c.curriculum) if c.curriculum else 1.0
+        weights = [a + (b - a) * done for a, b in zip(c.levels_start, c.levels_end, strict=True)]
+        level = rng.choices(LEVELS, weights)[0]
+        return sample_problem(rng, rng.choice(self.tasks), level, rng.choice(LANGS), self.split)
+
+    def assessed_problem(self, i: int) -> Problem:
+        """The i-th problem the teacher assesses itself on: always the same, always from the training split."""
+        rng = random.Random(f"assess:{self.seed}:{i}")
+        return sample_problem(rng, self.tasks[i % len(self.tasks)], rng.choice(LEVELS), rng.choice(LANGS), "train")
+
+    def example(self, rng: random.Random, progress: float = 1.0) -> tuple[list[int], list[float]]:
+        """One document: ids and the loss weight of predicting each."""
+        c = self.config
+        if self.documents and rng.random() < c.text_share:
+            ids = rng.choice(self.documents)
+            start = rng.randrange(max(1, len(ids) - c.seq_len // 2))
+            ids = [self.tok.bos_id, *ids[start : start + c.seq_len - 1]]
+            return ids, [0.0] + [1.0] * (len(ids) - 1)
+        if self.needs_thinking and rng.random() < 0.5:
+            i = rng.randrange(len(self.needs_thinking))
+            return render_conversation(self.tok, [self.assessed_problem(i)], [self.needs_thinking[i]], DECISION_WEIGHT)
+        n_turns = rng.choice((2, 3)) if rng.random() < c.multi_turn else 1
+        problems = [self.problem(rng, progress) for _ in range(n_turns)]
+        return render_conversation(self.tok, problems, [rng.random() < c.thinking for _ in problems])
+
+    def batch(self, step: int, progress: float = 1.0, n_rows: int | None = None) -> Rows:
+        """`n_rows` (default `batch_rows`) packed rows; the same step gives the same rows."""
+        rng = random.Random(f"{self.seed}:{self.split}:{step}")
+        n_rows, length = n_rows or self.config.batch_rows, self.config.seq_len
+        examples, filled = [], 0
+        while filled < n_rows * length:
+            ids, weights = self.example(rng, progress)
+            if len(ids) <= length:
+                examples.append((ids, weights))
+                filled += -(-len(ids) // self.align) * self.align
+        rows = pack(examples, length, self.align, self.tok.pad_id)
+        keep = {name: getattr(rows, name)[:n_rows] for name in ("tokens", "targets", "loss_weights", "doc_start")}
+        return replace(rows, **keep)

@@ -1,0 +1,218 @@
+"""The stages that make a model: tokenizer, teacher, student, gate and its calibration.
+
+Each takes what the stages before it made, leaves its result in its own folder under the run, and returns it. `pipeline.py` decides
+which still have to run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dualbranch.checkpoint import write_text
+from dualbranch.config import DualBranchConfig
+from dualbranch.data.packing import Rows
+from dualbranch.distill import dist
+from dualbranch.distill.config import RunConfig
+from dualbranch.distill.cut import init_from_teacher
+from dualbranch.distill.losses import align_loss, distill_loss, hard_loss, token_kl
+from dualbranch.distill.sources import BatchSource
+from dualbranch.distill.teacher_cache import TeacherCache
+from dualbranch.distill.trainer import Loop, train
+from dualbranch.gate import Calibration
+from dualbranch.generate import generate_batch
+from dualbranch.chat import render_prompt
+from dualbranch.data.problem import LANGS, LEVELS, Problem, sample_problem, verify
+from dualbranch.data.tasks import TASKS
+from dualbranch.data.text import load_documents
+from dualbranch.model import DualBranchModel
+from dualbranch.modes import resolve
+from dualbranch.sampling import SamplingParams
+from dualbranch.tokenizer import Tokenizer
+
+Log = Callable[[dict], None]
+
+
+def dense_config(c: DualBranchConfig) -> DualBranchConfig:
+    """The conventional decoder of the same slow sizes: the teacher of a student `c`."""
+    return dataclasses.replace(c, n_stem=c.n_layers, n_tail=0)
+
+
+def source(config: RunConfig, tok: Tokenizer, split: str = "train", purpose: int = 0) -> BatchSource:
+    """Batches for one purpose; different purposes see different documents."""
+    return BatchSource(config.data, tok, config.seed * 1000 + purpose, config.model.sparse.block_size, split)
+
+
+def train_tokenizer(config: RunConfig, path: Path) -> Tokenizer:
+    """A sentencepiece model of the generator's text (and the user's), written to `path`."""
+    rng, tasks = random.Random(f"tokenizer:{config.seed}"), list(config.data.tasks) or list(TASKS)
+
+    def texts():
+        for i in range(config.tokenizer.n_problems):
+            p = sample_problem(rng, tasks[i % len(tasks)], rng.choice(LEVELS), rng.choice(LANGS), "train")
+            yield from (p.prompt, p.trace, p.answer)
+        if config.data.text:
+            yield from load_documents(config.data.text, "train")
+
+    return Tokenizer.train(texts(), config.tokenizer.vocab_size, path)
+
+
+def snapshot(model: DualBranchModel) -> DualBranchModel:
+    """An unsharded, uncompiled copy, for generation in the middle of training. Collective."""
+    copy = DualBranchModel(model.config)
+    copy.load_state_dict({n: dist.full(p.detach()) for n, p in model.state_dict().items()})
+    return copy.eval()
+
+
+def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log) -> DualBranchModel:
+    """A dense decoder trained on the generator with and without reasoning, then to decide between the two by its own results."""
+    t = config.teacher
+    model = DualBranchModel(dense_config(config.model))
+    model.init_weights(config.seed)
+    dist.shard(model)
+    if t.compile:
+        for block in model.blocks:
+            block.compile()
+    data = source(config, tok)
+    first_decision = t.steps - round(t.steps * t.decide)
+    assessment = folder / "needs_thinking.json"
+
+    def loss(rows: Rows, step: int) -> dict[str, Tensor]:
+        logits = model(rows.tokens, doc_start=rows.doc_start).logits
+        return {"hard": hard_loss(logits.flatten(0, 1), rows.targets.flatten(), rows.loss_weights.flatten())}
+
+    def batch(step: int) -> Rows:
+        if step >= first_decision and t.decide > 0 and not data.needs_thinking:
+            if not assessment.exists():
+                assess(snapshot(model), tok, data, t.n_assess, assessment, log)
+            dist.barrier()
+            data.needs_thinking = json.loads(assessment.read_text())
+        return data.batch(step, progress=step / t.steps)
+
+    train(model, Loop("teacher", folder, t.steps, t.optim, config.save_every, batch, loss, log))
+    return snapshot(model)
+
+
+def assess(model: DualBranchModel, tok: Tokenizer, data: BatchSource, n: int, path: Path, log: Log) -> None:
+    """Answers the first `n` training problems without reasoning and writes which were wrong: `[needs_thinking, ...]`. Collective."""
+    problems = [data.assessed_problem(i) for i in range(n)]
+    wrong = [not ok for ok in direct_answers(model, tok, problems)]
+    log({"stage": "assess", "step": 0, "n_problems": n, "needs_thinking": sum(wrong) / max(1, n)})
+    if dist.rank() == 0:
+        write_text(path, json.dumps(wrong))
+
+
+def direct_answers(model: DualBranchModel, tok: Tokenizer, problems: list[Problem]) -> list[bool]:
+    """Whether each problem is answered correctly without reasoning, all-slow and greedy."""
+    mode, params = resolve("think", thinking="off"), SamplingParams(max_tokens=96)
+    right: list[bool] = []
+    for i in range(0, len(problems), 256):
+        part = problems[i : i + 256]
+        prompts = [render_prompt(tok, [{"role": "user", "content": p.prompt}]) for p in part]
+        replies = generate_batch(model, tok, prompts, mode, params)
+        right += [verify(p, r.reply.answer) for p, r in zip(part, replies, strict=True)]
+    return right
+
+
+def train_student(config: RunConfig, tok: Tokenizer, teacher: DualBranchModel, student: DualBranchModel, folder: Path, log: Log, name: str) -> DualBranchModel:
+    """Distils `teacher` into `student` under mixed routes (dense students have only one). Mutates `student`.
+
+    Losses: soft labels, hard labels, and the alignment of the routed stream with the teacher's where both are equally wide.
+    """
+    s = config.student
+    data = source(config, tok, purpose=1)
+    freeze = s.freeze_slow and s.init == "teacher" and not student.config.is_dense
+    for n, p in student.named_parameters():
+        p.requires_grad_(not n.startswith("gate.") and (not freeze or ".fast." in n))
+    dist.shard(student)
+    teacher.requires_grad_(False)
+    cache = TeacherCache(folder / "teacher_logits", s.cache_logits, teacher) if s.cache_logits and s.distinct_batches else None
+    aligned = s.align > 0 and cache is None and student.config.d_model == teacher.config.d_model
+
+    def batch(step: int) -> Rows:
+        return data.batch(step % s.distinct_batches if s.distinct_batches else step)
+
+    def loss(rows: Rows, step: int) -> dict[str, Tensor]:
+        w, valid = rows.loss_weights.flatten(), (rows.tokens != tok.pad_id).flatten().float()
+        out = student(rows.tokens, choose_route(config, step, rows, student.config.is_dense), doc_start=rows.doc_start)
+        logits = out.logits.flatten(0, 1)
+        losses = {"hard": s.hard * hard_loss(logits, rows.targets.flatten(), w)}
+        if cache is not None:
+            losses["soft"] = s.soft * cache.loss(step % s.distinct_batches, rows, logits)
+            return losses
+        with torch.no_grad():
+            target = teacher(rows.tokens, doc_start=rows.doc_start)
+        losses["soft"] = s.soft * distill_loss(target.logits.flatten(0, 1), logits, w, s.temperature)
+        if aligned:
+            losses["align"] = s.align * align_loss(out.hidden.flatten(0, 1), target.hidden.flatten(0, 1), valid)
+        return losses
+
+    train(student, Loop(name, folder, s.steps, s.optim, config.save_every, batch, loss, log))
+    return snapshot(student)
+
+
+def choose_route(config: RunConfig, step: int, rows: Rows, dense: bool) -> str | Tensor:
+    """The route of a batch: all-fast, all-slow, or a random mix whose share of slow tokens is drawn per row. A function of the step."""
+    if dense:
+        return "slow"
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    fast, mixed, _ = config.student.routes
+    u = float(torch.rand((), generator=generator)) * sum(config.student.routes)
+    if u < fast:
+        return "fast"
+    if u >= fast + mixed:
+        return "slow"
+    share = torch.rand(len(rows), 1, generator=generator)
+    return torch.rand(rows.tokens.shape, generator=generator) < share
+
+
+@torch.no_grad()
+def gate_examples(model: DualBranchModel, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """From the model's own two runs: stem output `(n, E)`, KL(slow || fast) `(n,)` and loss weight `(n,)` of every real token."""
+    stem = {}
+    hook = model.blocks[model.config.n_stem - 1].register_forward_hook(lambda _m, _i, out: stem.update(x=out))
+    slow = model(rows.tokens, "slow", doc_start=rows.doc_start).logits.flatten(0, 1)
+    hook.remove()
+    fast = model(rows.tokens, "fast", doc_start=rows.doc_start).logits.flatten(0, 1)
+    keep = rows.loss_weights.flatten() > 0
+    return stem["x"][keep], token_kl(slow[keep], fast[keep]), rows.loss_weights.flatten()[keep]
+
+
+def train_gate(config: RunConfig, tok: Tokenizer, model: DualBranchModel, log: Log) -> None:
+    """Fits the gate to predict log KL(slow || fast) from the stem, then calibrates it on held-out rows. Mutates `model`."""
+    c, rng = config.gate, torch.Generator().manual_seed(config.seed)
+    x, kl = collect(model, source(config, tok, purpose=2), c.rows)
+    target = (kl + 1e-4).log()
+    target = (target - target.mean()) / target.std().clamp(min=1e-6)
+    gate = model.gate
+    for p in gate.parameters():
+        if p.dim() == 2:
+            with torch.no_grad():
+                p.copy_(torch.randn(p.shape, generator=rng) * p.shape[1] ** -0.5)
+        p.requires_grad_(True)
+    optimizer = torch.optim.Adam(gate.parameters(), c.lr)
+    for step in range(c.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = c.lr * (1 - step / c.steps)
+        pick = torch.randint(len(x), (min(len(x), 8192),), generator=rng)
+        gate_loss = F.mse_loss(gate.need(x[pick]), target[pick])
+        optimizer.zero_grad()
+        gate_loss.backward()
+        optimizer.step()
+        log({"stage": "gate", "step": step, "loss": float(gate_loss.detach())})
+    held_out, _ = collect(model, source(config, tok, "valid", purpose=3), c.calibration_rows)
+    with torch.no_grad():
+        model.calibration = Calibration.measure(gate(held_out), c.default_budget)
+
+
+def collect(model: DualBranchModel, data: BatchSource, n_rows: int) -> tuple[Tensor, Tensor]:
+    """`gate_examples` over `n_rows` rows: stem outputs `(n, E)` and KL `(n,)`."""
+    parts = [gate_examples(model, data.batch(i, n_rows=min(16, n_rows))) for i in range(-(-n_rows // 16))]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])

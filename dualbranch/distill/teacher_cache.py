@@ -1,0 +1,65 @@
+"""The teacher's answers on disk, so that epochs after the first do not run it: top-k log-probabilities and tail mass per token.
+
+One file per distinct batch, written atomically at the first visit (so an interrupted run resumes), in a folder named by the teacher's
+weights: another teacher never reads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dualbranch.checkpoint import save_tensors
+from dualbranch.data.packing import Rows
+from dualbranch.distill import dist
+from dualbranch.distill.losses import top_k_distill_loss, top_k_targets
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Sixteen hex digits that identify the weights."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(p.detach().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class TeacherCache:
+    """Top-k targets of `teacher`, stored under `folder/HASH/`. `k` may not exceed the vocabulary."""
+
+    def __init__(self, folder: Path, k: int, teacher: nn.Module) -> None:
+        if k > teacher.config.vocab_size:
+            raise ValueError(f"student.cache_logits is {k}, more than the vocabulary of {teacher.config.vocab_size}; lower it")
+        self.k, self.teacher = k, teacher
+        self.folder = folder / f"{weights_hash(teacher)}-top{k}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.n_computed = 0  # batches the teacher had to run
+
+    def targets(self, batch: int, rows: Rows) -> tuple[Tensor, Tensor]:
+        """`ids (n, k)`, `log_p (n, k + 1)` of the tokens of `rows` whose loss weight is not zero, in order."""
+        row_key = int(rows.tokens.sum())  # distinguishes the micro-batches and ranks that share a batch
+        path = self.folder / f"{batch:06d}-{dist.rank()}-{row_key}.safetensors"
+        if path.exists():
+            try:
+                stored = load_file(path)
+                return stored["ids"].long(), stored["log_p"].float()
+            except (SafetensorError, KeyError):
+                path.unlink()  # damaged: compute it again
+        self.n_computed += 1
+        with torch.no_grad():
+            logits = self.teacher(rows.tokens, doc_start=rows.doc_start).logits.flatten(0, 1)
+        ids, log_p = top_k_targets(logits[rows.loss_weights.flatten() > 0], self.k)
+        save_tensors(path, {"ids": ids.int(), "log_p": log_p.half()}, {})
+        return ids, log_p.half().float()
+
+    def loss(self, batch: int, rows: Rows, student_logits: Tensor) -> Tensor:
+        """Weighted sum of the top-k KL over `rows`; `student_logits (R * T, V)`."""
+        weights = rows.loss_weights.flatten()
+        keep = weights > 0
+        ids, log_p = self.targets(batch, rows)
+        return top_k_distill_loss(ids, log_p, student_logits[keep], weights[keep])

@@ -1,0 +1,344 @@
+"""Text generation: `prefill`, then `decode_one_token` until every sequence has ended.
+
+One loop, `decode`, serves all doors: `generate_batch` (many prompts at once), `stream` (one prompt, event by event) and
+`generate` (one prompt, the library's front door). What a reply may hold is `modes.py`, how a token is drawn `sampling.py`,
+conversations that keep their cache `conversation.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dualbranch.accounting import token_flops
+from dualbranch.cache import KVCache
+from dualbranch.chat import Reply, render_prompt, split_reply
+from dualbranch.config import DualBranchConfig
+from dualbranch.model import DualBranchModel, ModelOutput
+from dualbranch.modes import MIN_ROOM, Mode, Phase, Rule, ThinkingController, resolve, token_rules
+from dualbranch.sampling import GREEDY, SamplingParams, sample
+
+if TYPE_CHECKING:
+    from dualbranch.checkpoint import LoadedModel
+    from dualbranch.tokenizer import Tokenizer
+
+#: Finished rows are taken out of a batch once fewer than this share of its rows is still running.
+COMPACT_BELOW = 0.75
+
+
+class PromptTooLong(ValueError):
+    """The prompt leaves no room for a reply. `n_prompt` and `max_prompt` are both counts, also named in the message."""
+
+    def __init__(self, n_prompt: int, max_seq_len: int) -> None:
+        self.n_prompt, self.max_prompt = n_prompt, max_seq_len - MIN_ROOM
+        super().__init__(
+            f"the prompt has {n_prompt} tokens and the model takes at most {self.max_prompt} (max_seq_len {max_seq_len} less {MIN_ROOM} for a reply);"
+            " shorten it, or start a new conversation"
+        )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished reply.
+
+    `ids`: everything generated after `<|assistant|>`, the decision token first, `<|end|>` last if it came. `reply`: the same as text.
+    Counts: `n_prompt`; `n_think` tokens between the tags; `n_answer` tokens after the reasoning, without `<|end|>`.
+    `use_slow[i]`: token i of prompt + ids went through the slow branch. The last generated token is never fed back, so there are
+    `n_prompt + len(ids) - 1`. `flops`: of the tokens computed for this reply, each by its own route and position; the first
+    `n_reused` tokens came from the cache and cost nothing.
+    """
+
+    ids: list[int]
+    reply: Reply
+    n_prompt: int
+    n_think: int
+    n_answer: int
+    finish_reason: str  # "stop": ended by <|end|>; "length": max_tokens or max_seq_len reached; "cancelled": stopped by the caller
+    use_slow: list[bool]
+    thought: bool
+    flops: float
+    n_reused: int = 0
+
+    @property
+    def answer(self) -> str:
+        return self.reply.answer
+
+    @property
+    def reasoning(self) -> str:
+        return self.reply.reasoning
+
+    @property
+    def slow_share(self) -> float:
+        """Share of slow tokens among those computed for this reply, prompt included."""
+        computed = self.use_slow[self.n_reused :]
+        return sum(computed) / len(computed)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One generated token of `stream`.
+
+    `piece`: the text it completes, maybe none (control tokens, half a character). The pieces of phase "think" join to
+    `reply.reasoning`, those of phase "answer" to `reply.answer`. `use_slow`, `g`: branch and gate value of the forward pass that
+    produced the token (`g` None where no gate ran). `generation`: the whole reply, on the last event only.
+    """
+
+    token: int
+    piece: str
+    phase: str  # "think" | "answer"
+    use_slow: bool
+    g: float | None
+    generation: Generation | None = None
+
+
+@dataclass
+class Pending:
+    """A reply in progress: its prompt, its tokens so far, and what the next one depends on. One row of a batch."""
+
+    prompt: list[int]
+    controller: ThinkingController
+    generator: torch.Generator
+    n_reused: int = 0
+    ids: list[int] = field(default_factory=list)
+    use_slow: list[bool] = field(default_factory=list)  # of every token computed so far, reused ones first
+    g: float | None = None  # gate value of the pass that produced the last token
+
+    @property
+    def done(self) -> bool:
+        return self.controller.phase is Phase.DONE
+
+    def result(self, model: DualBranchModel, tok: Tokenizer) -> Generation:
+        """The reply as it stands; also valid before it is done."""
+        c = self.controller
+        reason = "stop" if c.finished else "length" if self.done else "cancelled"
+        flops = spent_flops(model.config, self.use_slow[self.n_reused :], self.n_reused)
+        ids = list(self.ids)
+        return Generation(
+            ids, split_reply(tok, ids), len(self.prompt), c.n_think, c.n_answer, reason, list(self.use_slow), c.thought, flops, self.n_reused
+        )
+
+
+@torch.inference_mode()
+def prefill(model: DualBranchModel, prompts: Sequence[Sequence[int]], mode: Mode, cache: KVCache) -> ModelOutput:
+    """Runs ragged `prompts` (each at least one token) after what `cache` holds; logits `(B, 1, V)` of each row's last token.
+
+    Writes to and advances the cache. `g` and `use_slow` are `(B, T)`, T the longest prompt; cells past a row's length mean nothing.
+    """
+    lengths = torch.tensor([len(p) for p in prompts])
+    width = int(lengths.max())
+    tokens = torch.zeros(len(prompts), width, dtype=torch.int64)
+    for b, p in enumerate(prompts):
+        tokens[b, : len(p)] = torch.tensor(p)
+    ragged = lengths if int(lengths.min()) < width else None
+    return model(tokens.to(model.device), mode.route, cache=cache, lengths=ragged, budget=mode.budget, last_only=True)
+
+
+@torch.inference_mode()
+def decode_one_token(model: DualBranchModel, tokens: Sequence[int], mode: Mode, cache: KVCache, running: Sequence[bool] | None = None) -> ModelOutput:
+    """Feeds one token per row and returns logits `(B, 1, V)` of the next. Rows that are not `running` are left as they are.
+
+    Writes to and advances the cache.
+    """
+    lengths = None if running is None or all(running) else torch.tensor(running, dtype=torch.int64)
+    column = torch.tensor(tokens, device=model.device)[:, None]
+    return model(column, mode.route, cache=cache, lengths=lengths, budget=mode.budget, last_only=True)
+
+
+@torch.inference_mode()
+def choose_tokens(logits: Tensor, sequences: Sequence[Pending], banned: Tensor, params: SamplingParams) -> list[int]:
+    """The next token of each sequence, from `logits (B, V)` and what its controller forces or allows.
+
+    `banned (n_rules, V)`: see `TokenRules`. Consumes one random number per sequence unless greedy.
+    """
+    p_think = [None] * len(sequences)
+    if any(s.controller.undecided for s in sequences):
+        r = sequences[0].controller.rules
+        p_think = torch.sigmoid(logits[:, r.think] - logits[:, r.close]).tolist()
+    rules = torch.tensor([Rule.ANSWER if s.done else s.controller.rule for s in sequences], device=logits.device)
+    tokens = sample(logits.masked_fill(banned[rules], float("-inf")), params, [s.generator for s in sequences]).tolist()
+    forced = [s.controller.forced(p) for s, p in zip(sequences, p_think, strict=True)]
+    return [t if f is None else f for t, f in zip(tokens, forced, strict=True)]
+
+
+def start(model: DualBranchModel, tok: Tokenizer, prompts: Sequence[Sequence[int]], mode: Mode, params: SamplingParams) -> list[Pending]:
+    """Checked sequences, ready for `decode`. Row i draws from a generator seeded `params.seed + i`.
+
+    Raises ValueError for an empty prompt or an id outside the vocabulary, and PromptTooLong.
+    """
+    rules = token_rules(tok, model.config.vocab_size)
+    calibration = model.calibration
+    threshold = 0.5 if calibration is None else calibration.think_threshold
+    sequences = []
+    for i, prompt in enumerate(prompts):
+        prompt = list(prompt)
+        if not prompt:
+            raise ValueError(f"prompt {i} is empty; it needs at least <bos> (render_prompt makes one from messages)")
+        room = model.config.max_seq_len - len(prompt)
+        if room < MIN_ROOM:
+            raise PromptTooLong(len(prompt), model.config.max_seq_len)
+        if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
+            raise ValueError(f"prompt {i} holds token ids outside [0, {model.config.vocab_size}); was it made by another tokenizer?")
+        controller = ThinkingController(rules, mode, min(params.max_tokens, room), threshold)
+        sequences.append(Pending(prompt, controller, torch.Generator().manual_seed((params.seed + i) % 2**63)))
+    return sequences
+
+
+def decode(
+    model: DualBranchModel, sequences: Sequence[Pending], mode: Mode, params: SamplingParams, cache: KVCache | None = None
+) -> Iterator[list[Pending]]:
+    """Generates one token for every running sequence per step, and yields those that got one, until all are done.
+
+    Mutates the sequences. `cache`, if given, holds the first `n_reused` tokens of each prompt; it is advanced, never shrunk, and
+    after any step holds everything but the token just chosen. Without it one is made, and loses rows as sequences end.
+    """
+    live = list(sequences)  # live[b] is row b of the cache
+    own_cache = cache is None
+    if own_cache:
+        cache = model.new_cache(len(live), max(len(s.prompt) + s.controller.remaining for s in live))
+    banned = live[0].controller.rules.banned.to(model.device)
+    out = prefill(model, [s.prompt[s.n_reused :] for s in live], mode, cache)
+    n_new = [len(s.prompt) - s.n_reused for s in live]  # valid columns of each row of `out`
+    while True:
+        _record(out, live, n_new)
+        tokens = choose_tokens(out.logits[:, -1], live, banned, params)
+        stepped = []
+        for s, token in zip(live, tokens, strict=True):
+            if s.done:
+                continue
+            s.ids.append(token)
+            s.controller.advance(token)
+            stepped.append(s)
+        yield stepped
+        running = [not s.done for s in live]
+        if not any(running):
+            return
+        if own_cache and sum(running) < COMPACT_BELOW * len(live):
+            index = [b for b, r in enumerate(running) if r]
+            cache = cache.select_rows(torch.tensor(index))
+            live, running = [live[b] for b in index], [True] * len(index)
+        out = decode_one_token(model, [s.ids[-1] for s in live], mode, cache, running)
+        n_new = [int(r) for r in running]
+
+
+def _record(out: ModelOutput, live: Sequence[Pending], n_new: Sequence[int]) -> None:
+    """Notes on each sequence which branch computed its `n_new` newest tokens, and the gate value of the last. Mutates them."""
+    use_slow = None if out.use_slow is None else out.use_slow.tolist()
+    g = None if out.g is None else out.g.tolist()
+    for b, (s, n) in enumerate(zip(live, n_new, strict=True)):
+        if n:
+            s.use_slow += [True] * n if use_slow is None else use_slow[b][:n]
+            s.g = None if g is None else g[b][n - 1]
+
+
+@lru_cache(maxsize=8)
+def _flops_table(config: DualBranchConfig, n_positions: int) -> Tensor:
+    """`(2, n_positions)` fp64: FLOPs of a fast [0] and a slow [1] token at each position."""
+    return torch.tensor([[token_flops(config, share, n) for n in range(n_positions)] for share in (0.0, 1.0)], dtype=torch.float64)
+
+
+def spent_flops(config: DualBranchConfig, use_slow: Sequence[bool], n_cached: int = 0) -> float:
+    """FLOPs of tokens at positions `n_cached, n_cached + 1, ...`, of which `use_slow` went slow (`accounting.token_flops`, summed)."""
+    end = n_cached + len(use_slow)
+    table = _flops_table(config, max(256, 1 << (end - 1).bit_length()) if end else 1)
+    position = torch.arange(n_cached, end)
+    return float(table[torch.tensor(use_slow, dtype=torch.int64), position].sum())
+
+
+def generate_batch(
+    model: DualBranchModel,
+    tok: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    mode: Mode | str,
+    params: SamplingParams = GREEDY,
+    batch_size: int = 128,
+) -> list[Generation]:
+    """One `Generation` per prompt (ids ending in `<|assistant|>`), in order; `batch_size` sequences are decoded at once.
+
+    A reply doesn't depend on the batch it is in. Raises ValueError and PromptTooLong as `start` does, before anything is computed.
+    """
+    mode = resolve(mode)
+    sequences = start(model, tok, prompts, mode, params)
+    by_length = sorted(sequences, key=lambda s: len(s.prompt))  # little padding, and short caches for short prompts
+    for i in range(0, len(by_length), batch_size):
+        for _ in decode(model, by_length[i : i + batch_size], mode, params):
+            pass
+    return [s.result(model, tok) for s in sequences]
+
+
+def stream(
+    model: DualBranchModel,
+    tok: Tokenizer,
+    prompt_ids: Sequence[int],
+    mode: Mode | str,
+    params: SamplingParams = GREEDY,
+    cache: KVCache | None = None,
+    n_reuse: int = 0,
+) -> Iterator[Event]:
+    """Events of one reply, token by token; the last carries the `Generation`. Raises at once what `start` raises.
+
+    With `cache` (one row), its first `n_reuse` tokens must be those of the prompt, and at least one prompt token must be new; the
+    cache is truncated to them and then advanced. Stop iterating whenever you like: the cache holds what was computed.
+    """
+    mode = resolve(mode)
+    (pending,) = start(model, tok, [prompt_ids], mode, params)
+    if cache is not None:
+        if not 0 <= n_reuse < len(pending.prompt) or n_reuse > int(cache.n_cached[0]):
+            raise ValueError(f"n_reuse is {n_reuse}; it must be below the prompt's {len(pending.prompt)} tokens and at most the {int(cache.n_cached[0])} cached")
+        cache.truncate(n_reuse)
+        pending.n_reused = n_reuse
+        pending.use_slow = cache.from_slow[0, :n_reuse].tolist()
+    return _events(model, tok, pending, mode, params, cache)
+
+
+def _events(model: DualBranchModel, tok: Tokenizer, pending: Pending, mode: Mode, params: SamplingParams, cache: KVCache | None) -> Iterator[Event]:
+    text = tok.stream()
+    for _ in decode(model, [pending], mode, params, cache):
+        token = pending.ids[-1]
+        closes = pending.controller.thought and token == pending.controller.rules.close
+        phase = "think" if closes or pending.controller.phase is Phase.THINK else "answer"
+        piece = text.push(token)
+        if closes or pending.done:  # reasoning and answer are decoded apart, as in split_reply
+            piece += text.flush()
+        generation = pending.result(model, tok) if pending.done else None
+        yield Event(token, piece, phase, pending.use_slow[-1], pending.g, generation)
+
+
+def generate(
+    loaded: LoadedModel,
+    prompt: str | Sequence[Mapping[str, Any]],
+    mode: Mode | str = "auto",
+    *,
+    route: str | None = None,
+    thinking: str | None = None,
+    budget: float | None = None,
+    thinking_budget: int | None = None,
+    **sampling: Any,
+) -> Generation:
+    """The model's reply to `prompt`: a user's text, or messages as for `render_prompt`.
+
+        loaded = dualbranch.load("runs/small")
+        print(dualbranch.generate(loaded, "What is 12 + 30?", mode="think").answer)
+
+    `mode` and the four knobs are those of `resolve`; `sampling` are the fields of `SamplingParams` (temperature, top_k, top_p, min_p,
+    seed, max_tokens). Raises ValueError for anything out of range, an empty prompt, and PromptTooLong.
+    """
+    unknown = sampling.keys() - SamplingParams.__dataclass_fields__.keys()
+    if unknown:
+        raise ValueError(f"unknown setting {min(unknown)!r}; sampling settings are {', '.join(SamplingParams.__dataclass_fields__)}")
+    ids = prompt_ids(loaded.tokenizer, prompt)
+    (generation,) = generate_batch(loaded.model, loaded.tokenizer, [ids], resolve(mode, route, thinking, budget, thinking_budget), SamplingParams(**sampling))
+    return generation
+
+
+def prompt_ids(tok: Tokenizer, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
+    """Ids of a user's text or of messages, up to and including `<|assistant|>`. Raises ValueError for a blank text."""
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError("the prompt is empty; write something to reply to")
+        prompt = [{"role": "user", "content": prompt}]
+    return render_prompt(tok, prompt)

@@ -1,0 +1,372 @@
+"""The command `python infer.py`: one reply to a prompt, or a conversation at a terminal. `main(argv)` returns the exit code.
+
+The reply goes to stdout as it is generated (reasoning dimmed), everything else to stderr. Only parsing and printing live here;
+replies come from `generate.py` and `conversation.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+
+from dualbranch.conversation import Conversation
+from dualbranch.gate import check_budget
+from dualbranch.generate import Event, Generation, prompt_ids, stream
+from dualbranch.modes import MODES, ROUTES, THINKING, Mode, resolve
+from dualbranch.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from dualbranch.checkpoint import LoadedModel
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+RESET, DIM, FAST, SLOW = "\x1b[0m", "\x1b[2m", "\x1b[32m", "\x1b[35m"
+
+HELP = """\
+/mode NAME     fast, think or auto
+/budget SHARE  share of tokens that may go slow in mode auto, 0 to 1; /budget alone: the model's default
+/reset         forget the conversation
+/help          this text
+/quit          leave (as do Ctrl-D, and Ctrl-C twice; Ctrl-C once stops a reply)"""
+
+#: Control characters that a model may spell from bytes and a terminal would obey; tab and newline stay.
+UNSAFE = {i: "\ufffd" for i in (*range(9), *range(11, 32), *range(127, 160))}
+
+
+class UsageError(ValueError):
+    """Arguments that argparse refuses."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UsageError(f"{message} (see python infer.py --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    d = SamplingParams()
+    p = _Parser(
+        prog="python infer.py",
+        description="Talk to a trained model. With --prompt, or text on stdin, it replies once; at a terminal it holds a conversation.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="modes:\n  fast   fast branch for every token, no reasoning\n  think  slow branch for every token, reasoning first\n"
+        "  auto   the gate decides per token, the model decides whether to reason",
+    )
+    p.add_argument("--mode", default="auto", choices=list(MODES), help="preset of --route and --thinking (default: auto)")
+    p.add_argument("--model", metavar="PATH_OR_NAME", help="a run, by name or folder, or a checkpoint folder (default: the newest run under runs/)")
+    p.add_argument("--prompt", metavar="TEXT", help="reply to this and exit; - reads stdin")
+    p.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
+    p.add_argument("--device", metavar="DEVICE", help="cpu, cuda, ... (default: cuda where there is one)")
+    knobs = p.add_argument_group("knobs of a mode")
+    knobs.add_argument("--route", choices=ROUTES, help="which branch computes")
+    knobs.add_argument("--thinking", choices=THINKING, help="whether a reasoning block comes first")
+    knobs.add_argument("--thinking-budget", type=int, metavar="N", help="most tokens of reasoning")
+    knobs.add_argument("--budget", type=float, metavar="SHARE", help="route auto: share of tokens that may go slow, 0 to 1")
+    sampling = p.add_argument_group("sampling")
+    sampling.add_argument("--temperature", type=float, default=d.temperature, metavar="X", help="0 is greedy (default: %(default)s)")
+    sampling.add_argument("--top-k", type=int, default=d.top_k, metavar="K", help="keep the K most probable tokens (default: off)")
+    sampling.add_argument("--top-p", type=float, default=d.top_p, metavar="P", help="keep the most probable tokens up to this mass (default: off)")
+    sampling.add_argument("--min-p", type=float, default=d.min_p, metavar="P", help="drop tokens below P times the most probable (default: off)")
+    sampling.add_argument("--seed", type=int, default=d.seed, metavar="N", help="same seed, same reply (default: %(default)s)")
+    sampling.add_argument("--max-tokens", type=int, default=d.max_tokens, metavar="N", help="of the whole reply, reasoning included (default: %(default)s)")
+    output = p.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a stream")
+    output.add_argument("--show-gate", action="store_true", help="colour each token by the branch that computed it (with --json: list it)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command on `argv` (None: the process's arguments) and returns its exit code. Reads stdin, writes stdout and stderr."""
+    for out in (sys.stdout, sys.stderr):
+        if hasattr(out, "reconfigure"):
+            out.reconfigure(errors="replace")  # a terminal that can't show a character should not end the reply
+    try:
+        return run(build_parser().parse_args(argv))
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # `python infer.py | head`
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(one_line(error), file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+
+
+def one_line(error: Exception) -> str:
+    return f"error: {' '.join(str(error).split())}"
+
+
+def run(args: argparse.Namespace) -> int:
+    """What `main` does, without its handling of errors."""
+    params = SamplingParams(args.temperature, args.top_k, args.top_p, args.min_p, args.seed, args.max_tokens)
+    mode = resolve(args.mode, args.route, args.thinking, args.budget, args.thinking_budget)
+    text = args.prompt
+    if text == "-" or (text is None and not sys.stdin.isatty()):
+        text = sys.stdin.read()
+    if text is not None and not text.strip():
+        raise ValueError("the prompt is empty; give --prompt TEXT, or pipe text in")
+    if text is None and args.json:
+        raise ValueError("--json needs a prompt; give --prompt TEXT, or pipe text in")
+    loaded, name = load_model(args.model, args.device)
+    out = Printer(sys.stdout, args.show_gate)
+    if text is None:
+        return converse(Session(Conversation(loaded, args.system), mode, args.budget, args.thinking_budget), name, params, out)
+    messages = [{"role": "user", "content": text}]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": args.system})
+    ids = prompt_ids(loaded.tokenizer, messages)
+    if args.json:
+        print(json.dumps(as_json(loaded, name, ids, mode, params, args.show_gate), ensure_ascii=False))
+        return 0
+    with contextlib.closing(stream(loaded.model, loaded.tokenizer, ids, mode, params)) as events:
+        generation, timing = out.reply(events)
+    print(closing_line(generation, timing), file=sys.stderr)
+    return 0
+
+
+def load_model(path_or_name: str | None, device: str | None) -> tuple[LoadedModel, str]:
+    """The model and the name to show for it. Raises ValueError, also when no model is named and there is no run."""
+    from dualbranch import checkpoint
+
+    if path_or_name is None:
+        path_or_name = checkpoint.newest_run()
+        if path_or_name is None:
+            raise ValueError("no trained model under runs/; train one with `make demo` or `python train.py configs/small.yaml`, or give --model")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # how torch says that it knows no such device, or has none
+        raise ValueError(f"--device {device} can't be used here ({str(error).splitlines()[0]}); give cpu, or leave it out") from error
+    loaded = checkpoint.load(path_or_name, device=device)
+    return loaded, str(path_or_name)
+
+
+# ---- printing
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds to the first token and in all, and tokens generated."""
+
+    first: float
+    total: float
+    n_tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding: the tokens after the first, over the time after the first."""
+        return (self.n_tokens - 1) / (self.total - self.first) if self.total > self.first else 0.0
+
+
+class _Timer:
+    """Counts and times the events that pass through it."""
+
+    def __init__(self, events: Iterable[Event]) -> None:
+        self.events, self.begin, self.first, self.n_tokens = events, time.perf_counter(), None, 0
+
+    def __iter__(self):
+        for event in self.events:
+            if self.first is None:
+                self.first = time.perf_counter() - self.begin
+            self.n_tokens += 1
+            yield event
+
+    def timing(self) -> Timing:
+        return Timing(self.first, time.perf_counter() - self.begin, self.n_tokens)
+
+
+class Printer:
+    """Writes replies to a terminal, or plainly to a pipe, where tags mark the reasoning that can't be dimmed."""
+
+    def __init__(self, out: TextIO, show_gate: bool = False) -> None:
+        self.out, self.show_gate = out, show_gate
+        self.colour = use_colour(out)
+        if show_gate and not self.colour:
+            print("--show-gate needs a terminal with colours (FORCE_COLOR=1 insists); --json lists every token's branch instead", file=sys.stderr)
+
+    def reply(self, events: Iterable[Event]) -> tuple[Generation, Timing]:
+        """Prints the reply as it comes; returns it with its timing. Its iterator must run to the end."""
+        timer, phase, generation = _Timer(events), None, None
+        try:
+            for event in timer:
+                if event.phase != phase and (phase is not None or event.phase == "think"):
+                    self._boundary(event.phase)
+                phase = event.phase
+                if event.piece:
+                    self._write(self._style(event), event.piece)
+                generation = event.generation
+        finally:  # leave the terminal as it was, also when stopped
+            self.out.write((RESET if self.colour else "") + "\n")
+            self.out.flush()
+        return generation, timer.timing()
+
+    def _boundary(self, phase: str) -> None:
+        """Between prompt, reasoning and answer."""
+        if self.colour:
+            self.out.write("" if phase == "think" else f"{RESET}\n")
+        else:
+            self.out.write("<think>" if phase == "think" else "</think>\n")
+
+    def _style(self, event: Event) -> str:
+        style = DIM if event.phase == "think" else ""
+        return style + ((SLOW if event.use_slow else FAST) if self.show_gate else "")
+
+    def _write(self, style: str, text: str) -> None:
+        if self.colour:
+            text = text.translate(UNSAFE)
+            text = f"{style}{text}{RESET}" if style else text
+        self.out.write(text)
+        self.out.flush()
+
+
+def use_colour(out: TextIO) -> bool:
+    """Whether to write ANSI codes: on a terminal, unless NO_COLOR or TERM=dumb; FORCE_COLOR insists."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or (out.isatty() and os.environ.get("TERM") != "dumb")
+
+
+def closing_line(g: Generation, t: Timing, show_reuse: bool = False) -> str:
+    """What the reply took: tokens, speed, share of slow tokens (prompt included) and FLOPs."""
+    parts = [
+        f"{len(g.ids)} tokens ({g.n_think} reasoning)",
+        f"{t.tokens_per_second:.1f} tokens/s",
+        f"first token {1000 * t.first:.0f} ms",
+        f"{100 * g.slow_share:.0f}% slow",
+        f"{si(g.flops)}FLOPs",
+    ]
+    if show_reuse:
+        parts.append(f"{g.n_reused} of {g.n_prompt} prompt tokens reused")
+    if g.finish_reason == "length":
+        parts.append("cut at --max-tokens or the model's max_seq_len")
+    return "[" + " · ".join(parts) + "]"
+
+
+def si(x: float) -> str:
+    """A number with its SI prefix, ready for a unit: 1.25e9 -> '1.25 G'."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if x < 1000:
+            return f"{x:.3g} {prefix}"
+        x /= 1000
+    return f"{x:.3g} P"
+
+
+def as_json(loaded: LoadedModel, name: str, ids: list[int], mode: Mode, params: SamplingParams, show_gate: bool) -> dict[str, Any]:
+    """The reply and everything measured about it, as plain JSON."""
+    timer = _Timer(stream(loaded.model, loaded.tokenizer, ids, mode, params))
+    events = list(timer)
+    g, t = events[-1].generation, timer.timing()
+    result = {
+        "model": name,
+        "mode": {"name": mode.name, "route": mode.route, "thinking": mode.thinking, "budget": mode.budget, "thinking_budget": mode.thinking_budget},
+        "answer": g.answer,
+        "reasoning": g.reasoning,
+        "tool_call": g.reply.tool_call,
+        "thought": g.thought,
+        "finish_reason": g.finish_reason,
+        "n_prompt": g.n_prompt,
+        "n_generated": len(g.ids),
+        "n_think": g.n_think,
+        "n_answer": g.n_answer,
+        "slow_share": g.slow_share,
+        "flops": g.flops,
+        "seconds": t.total,
+        "seconds_to_first_token": t.first,
+        "tokens_per_second": t.tokens_per_second,
+        "ids": g.ids,
+    }
+    if show_gate:
+        result["tokens"] = [{"id": e.token, "piece": e.piece, "phase": e.phase, "use_slow": e.use_slow, "g": e.g} for e in events]
+    return result
+
+
+# ---- conversation
+
+
+@dataclass
+class Session:
+    """What the commands of a conversation change. The two budgets are kept while a mode is on that doesn't use them."""
+
+    conversation: Conversation
+    mode: Mode
+    budget: float | None
+    thinking_budget: int | None
+
+    def set_mode(self, mode: Mode) -> None:
+        budget = self.budget if mode.route == "auto" else None
+        thinking_budget = self.thinking_budget if mode.thinking != "off" else None
+        self.mode = replace(mode, budget=budget, thinking_budget=thinking_budget)
+
+    def obey(self, command: str, value: str) -> str:
+        """Carries out a command other than /quit; returns what to tell the user. Raises ValueError if it is unknown or malformed."""
+        if command == "/help":
+            return HELP
+        if command == "/reset":
+            self.conversation.reset()
+            return "the conversation is forgotten."
+        if command == "/mode":
+            self.set_mode(resolve(value))
+            return f"mode {self.mode.name}: route {self.mode.route}, thinking {self.mode.thinking}."
+        if command == "/budget":
+            try:
+                budget = float(value) if value else None
+            except ValueError as error:
+                raise ValueError(f"/budget takes a number in [0, 1], got {value!r}") from error
+            if budget is not None:
+                check_budget(budget)
+            self.budget = budget
+            self.set_mode(self.mode)
+            text = "the model's default" if budget is None else f"{budget:g}"
+            return f"budget: {text}." + ("" if self.mode.route == "auto" else f" It will count in mode auto; now the route is {self.mode.route}.")
+        raise ValueError(f"unknown command {command}; /help lists them")
+
+
+def converse(session: Session, name: str, params: SamplingParams, out: Printer) -> int:
+    """Reads lines until the user leaves; returns the exit code. A mistake costs a message, never the conversation."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (line editing for input())
+    print(f"{name}, mode {session.mode.name}. /help lists commands.", file=sys.stderr)
+    interrupted = False
+    while True:
+        try:
+            line = input(f"{session.mode.name}> ").strip()
+        except EOFError:
+            print(file=sys.stderr)
+            return 0
+        except KeyboardInterrupt:
+            if interrupted:
+                print(file=sys.stderr)
+                return INTERRUPTED
+            interrupted = True
+            print("\nCtrl-C again, or /quit, leaves.", file=sys.stderr)
+            continue
+        interrupted = False
+        if line == "/quit":
+            return 0
+        try:
+            if line.startswith("/"):
+                command, _, value = line.partition(" ")
+                print(session.obey(command, value.strip()), file=sys.stderr)
+            elif line:
+                with contextlib.closing(session.conversation.stream(line, session.mode, params)) as events:
+                    generation, timing = out.reply(events)
+                print(closing_line(generation, timing, show_reuse=True), file=sys.stderr)
+        except ValueError as error:
+            print(one_line(error), file=sys.stderr)
+        except KeyboardInterrupt:
+            interrupted = True
+            print("stopped.", file=sys.stderr)

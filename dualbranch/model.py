@@ -1,0 +1,182 @@
+"""The dual-branch decoder, whole: embedding -> stem -> gate -> dual blocks -> tail -> norm -> head.
+
+Read this file first, then `block.py` for the formula and `kernels/reference.py` for sparse attention.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dualbranch import accounting
+from dualbranch.block import Block
+from dualbranch.cache import KVCache, NoCache
+from dualbranch.config import DualBranchConfig
+from dualbranch.gate import Calibration, GatingController
+from dualbranch.layers import Rope
+from dualbranch.routing import Grid, Partition
+
+ROUTES = ("slow", "fast", "auto", "soft")
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """`logits (B, T, V)` fp32, or `(B, 1, V)` with last_only. `hidden (B, T, E)`: residual stream before the final norm (same T).
+    `g (B, T)`: weight of the fast branch, None where the gate did not run. `use_slow (B, T)` bool: who computed each token
+    (meaningless at padding); None for all-slow and for soft."""
+
+    logits: Tensor
+    hidden: Tensor
+    g: Tensor | None
+    use_slow: Tensor | None
+
+
+class DualBranchModel(nn.Module):
+    """A decoder whose dual blocks compute each token in a fast or a slow branch. `config.is_dense`: a conventional decoder."""
+
+    def __init__(self, config: DualBranchConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.calibration: Calibration | None = None
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.rope = Rope(config)
+        self.blocks = nn.ModuleList(Block(config, dual=i in config.dual_layers) for i in range(config.n_layers))
+        self.gate = None if config.is_dense else GatingController(config)
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def init_weights(self, seed: int) -> None:
+        """Normal(0, 1/sqrt(fan_in)) matrices, residual outputs scaled by 1/sqrt(2 L) (GPT-2), small embeddings. Same seed, same weights."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                nn.init.zeros_(p) if name.endswith("bias") else nn.init.ones_(p)
+                continue
+            std = 0.02 if name.startswith("embed") else p.shape[1] ** -0.5
+            if name.endswith(("w_o.weight", "w_down.weight")):
+                std /= math.sqrt(2 * self.config.n_layers)
+            with torch.no_grad():
+                p.copy_(torch.randn(p.shape, generator=generator) * std)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    def cost(self, route: str | float = "slow", n_cached: int = 0) -> accounting.Cost:
+        """Parameters, FLOPs and KV bytes of one token with `n_cached` tokens before it; `route` is "slow", "fast" or a share of slow tokens."""
+        return accounting.token_cost(self.config, route, n_cached, kv_element_bytes=self.embed.weight.element_size())
+
+    def new_cache(self, n_rows: int, capacity: int) -> KVCache:
+        """An empty cache on this model's device and in its dtype."""
+        return KVCache(self.config, n_rows, capacity, self.dtype, self.device)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        route: str | Tensor = "slow",
+        *,
+        cache: KVCache | None = None,
+        lengths: Tensor | None = None,
+        doc_start: Tensor | None = None,
+        budget: float | None = None,
+        threshold: float | None = None,
+        last_only: bool = False,
+    ) -> ModelOutput:
+        """Logits of `tokens (B, T)` int64, right-padded.
+
+        `lengths (B,)` valid tokens per row (None = T). `doc_start (B, T)` start of each token's document in a packed row.
+        `route`: "slow" | "fast" | "auto" | "soft", or hard decisions `(B, T)` bool (True = slow). For "auto", `threshold` on g, or
+        `budget` looked up in the calibration (its default if neither is given). With `cache`, tokens follow what is cached; the cache
+        is written and advanced. Raises ValueError for an unknown route, a budget outside [0, 1], a missing calibration, and CacheFull.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens must be (B, T) with T >= 1, got {tuple(tokens.shape)}; an empty prompt needs at least <bos>")
+        grid, keys, n_new = self._place(tokens, cache, lengths, doc_start)
+        B, T = tokens.shape
+        whole = grid.whole()
+        all_slow = Partition.uniform(whole, slow=True)
+        x = self.embed(tokens).flatten(0, 1)  # (B * T, E)
+        c = self.config
+        for i in range(c.n_stem):
+            x = self.blocks[i](x, all_slow, keys.layer(i, None))
+
+        g, use_slow = self._decide(x, route, budget, threshold, (B, T))
+        if isinstance(route, str) and route == "soft" and g is not None:
+            for i in c.dual_layers:
+                x = self.blocks[i].mix(x, whole, keys.layer(i, None), g.flatten())
+        else:
+            partition = all_slow if use_slow is None else self._partition(grid, whole, route, use_slow)
+            if partition.order is not None:
+                x = x[partition.order]
+            for i in c.dual_layers:
+                x = self.blocks[i](x, partition, keys.layer(i, partition.order))
+            if partition.order is not None:
+                x = x.new_zeros(B * T, c.d_model).index_copy(0, partition.order, x)
+        for i in range(c.n_layers - c.n_tail, c.n_layers):
+            x = self.blocks[i](x, all_slow, keys.layer(i, None))
+
+        if cache is not None:
+            cache.advance(n_new, use_slow)
+        x = x.view(B, T, -1)
+        if last_only:
+            last = (n_new - 1).clamp(min=0).to(x.device)
+            x = x[torch.arange(B, device=x.device), last][:, None]
+        return ModelOutput(self.logits(x), x, g, use_slow)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Final norm and head: residual stream `(..., E)` to fp32 `(..., V)`."""
+        weight = self.embed.weight if self.head is None else self.head.weight
+        return F.linear(self.norm(x), weight).float()
+
+    def _place(self, tokens: Tensor, cache: KVCache | None, lengths: Tensor | None, doc_start: Tensor | None) -> tuple[Grid, object, Tensor]:
+        """Positions on the key axis, and where keys are stored."""
+        (B, T), device = tokens.shape, tokens.device
+        n_new = torch.full((B,), T) if lengths is None else lengths.cpu()
+        t = torch.arange(T, device=device).expand(B, T)
+        if cache is None:
+            keys, q_pos, n_keys = NoCache(B, T), t, T
+        else:
+            if doc_start is not None:
+                raise ValueError("doc_start describes packed training rows; it cannot be combined with a cache")
+            keys = cache.writer(n_new, T)
+            q_pos, n_keys = t + cache.n_cached.to(device)[:, None], keys.n_keys
+        if n_keys > self.config.max_seq_len:
+            raise ValueError(f"{n_keys} tokens exceed max_seq_len = {self.config.max_seq_len}; shorten the prompt or raise it (rope_scaling)")
+        positions = q_pos if doc_start is None else q_pos - doc_start
+        cos, sin = self.rope(positions.flatten(), n_keys if lengths is None else n_keys + T)
+        if lengths is not None:
+            q_pos = torch.where(t < n_new.to(device)[:, None], q_pos, -1)
+        return Grid(q_pos, doc_start, n_keys, cos, sin), keys, n_new
+
+    def _decide(self, x: Tensor, route: str | Tensor, budget: float | None, threshold: float | None, shape: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+        """`g (B, T)` and `use_slow (B, T)`, each None where it has no meaning."""
+        if isinstance(route, Tensor):
+            return None, route
+        if route not in ROUTES:
+            raise ValueError(f"unknown route {route!r}; choose one of {', '.join(ROUTES)}")
+        if self.gate is None or route == "slow":
+            return None, None
+        if route == "fast":
+            return None, torch.zeros(shape, dtype=torch.bool, device=x.device)
+        g = self.gate(x).view(shape)
+        if route == "soft":
+            return g, None
+        if threshold is None:
+            if self.calibration is None:
+                raise ValueError("route 'auto' needs a calibrated gate; train one (python train.py), or pass threshold=")
+            threshold = self.calibration.threshold(self.calibration.default_budget if budget is None else budget)
+        return g, g < threshold
+
+    @staticmethod
+    def _partition(grid: Grid, whole, route: str | Tensor, use_slow: Tensor) -> Partition:
+        if isinstance(route, str) and route == "fast":
+            return Partition.uniform(whole, slow=False)
+        return Partition.split(grid, use_slow)

@@ -1,0 +1,216 @@
+"""The three modes, and the rules that decide which tokens a reply may hold next.
+
+A mode is a preset over two knobs: `route` (which branch computes) and `thinking` (whether a reasoning block comes first).
+`ThinkingController` holds one reply to its mode: no reasoning when off, at most the thinking budget, always room for an answer,
+and an answer that is never empty. Used by `generate.py`; knows nothing of models or caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from dualbranch.gate import check_budget
+
+if TYPE_CHECKING:
+    from dualbranch.tokenizer import Tokenizer
+
+ROUTES = ("fast", "slow", "auto")
+THINKING = ("on", "off", "auto")
+
+#: Most tokens kept back for the answer when reasoning would use up the room; a quarter of the room where that is less.
+ANSWER_RESERVE = 64
+#: A reply is at least the decision to think or not and one answer token.
+MIN_ROOM = 2
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How to answer. `route`: "fast" | "slow" | "auto". `thinking`: "on" | "off" | "auto".
+
+    `budget` in [0, 1]: share of tokens that may go slow, for route auto (None = the calibration's default). `thinking_budget`: most
+    tokens of reasoning (None = what the room allows). Make one with `resolve`.
+    """
+
+    name: str
+    route: str
+    thinking: str
+    budget: float | None = None
+    thinking_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.route not in ROUTES:
+            raise ValueError(f"unknown route {self.route!r}; choose one of {', '.join(ROUTES)}")
+        if self.thinking not in THINKING:
+            raise ValueError(f"unknown thinking {self.thinking!r}; choose one of {', '.join(THINKING)}")
+        if self.budget is not None:
+            check_budget(self.budget)
+            if self.route != "auto":
+                raise ValueError(f"budget = {self.budget} has no effect with route {self.route}; set route auto (mode auto), or leave budget out")
+        if self.thinking_budget is not None:
+            if self.thinking_budget < 0:
+                raise ValueError(f"thinking_budget is {self.thinking_budget}; it counts tokens and must be at least 0")
+            if self.thinking == "off":
+                raise ValueError(f"thinking_budget = {self.thinking_budget} has no effect with thinking off; set thinking on or auto, or leave it out")
+
+
+MODES = {
+    "fast": Mode("fast", route="fast", thinking="off"),
+    "think": Mode("think", route="slow", thinking="on"),
+    "auto": Mode("auto", route="auto", thinking="auto"),
+}
+
+
+def resolve(mode: str | Mode, route: str | None = None, thinking: str | None = None, budget: float | None = None, thinking_budget: int | None = None) -> Mode:
+    """The preset `mode` with the knobs that are not None put in place of its own.
+
+    Raises ValueError for an unknown mode, route or thinking (naming the valid ones), a budget outside [0, 1], and a knob that
+    could have no effect: a budget without route auto, a thinking budget with thinking off.
+    """
+    if not isinstance(mode, Mode):
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+        mode = MODES[mode]
+    return Mode(
+        mode.name,
+        mode.route if route is None else route,
+        mode.thinking if thinking is None else thinking,
+        mode.budget if budget is None else budget,
+        mode.thinking_budget if thinking_budget is None else thinking_budget,
+    )
+
+
+class Phase(Enum):
+    """Where a reply stands: the decision token, inside the reasoning, after it, ended."""
+
+    DECIDE = "decide"
+    THINK = "think"
+    ANSWER = "answer"
+    DONE = "done"
+
+
+class Rule(IntEnum):
+    """Which control tokens may come next besides plain text; indexes `TokenRules.banned`."""
+
+    DECISION = 0  # <think> or </think>, no text
+    REASONING = 1  # </think>
+    OPENING = 2  # <tool_call>: no text in the answer yet
+    TEXT = 3  # none: a call has opened and holds nothing yet
+    VISIBLE_TEXT = 4  # none, and no blank text: the last chance for an answer that is not empty
+    ANSWER = 5  # <|end|>, <tool_call>
+    CALL = 6  # <|end|>, </tool_call>
+
+
+class TokenRules:
+    """What the rules mean for one tokenizer: `banned (n_rules, V)` bool, and `visible[id]`: the token adds text that is not blank."""
+
+    def __init__(self, tok: Tokenizer, vocab_size: int) -> None:
+        if tok.vocab_size > vocab_size:
+            raise ValueError(f"the tokenizer has {tok.vocab_size} tokens and the model {vocab_size}; they don't belong together")
+        self.think, self.close, self.end = tok.control["<think>"], tok.control["</think>"], tok.control["<|end|>"]
+        self.call, self.close_call = tok.control["<tool_call>"], tok.control["</tool_call>"]
+        control = set(tok.control.values())
+        self.visible = [i not in control and bool(tok.decode([i]).strip()) for i in range(tok.vocab_size)]
+        not_text = torch.ones(vocab_size, dtype=torch.bool)  # control tokens, and a padded vocabulary's unused ids
+        not_text[[i for i in range(tok.vocab_size) if i not in control]] = False
+        self.banned = not_text.repeat(len(Rule), 1)
+        self.banned[Rule.DECISION] = True
+        self.banned[Rule.VISIBLE_TEXT, : tok.vocab_size] = ~torch.tensor(self.visible)
+        for rule, allowed in {
+            Rule.DECISION: (self.think, self.close),
+            Rule.REASONING: (self.close,),
+            Rule.OPENING: (self.call,),
+            Rule.ANSWER: (self.end, self.call),
+            Rule.CALL: (self.end, self.close_call),
+        }.items():
+            self.banned[rule, list(allowed)] = False
+
+
+@lru_cache(maxsize=8)
+def token_rules(tok: Tokenizer, vocab_size: int) -> TokenRules:
+    """`TokenRules`, built once per tokenizer object."""
+    return TokenRules(tok, vocab_size)
+
+
+class ThinkingController:
+    """Holds one reply to its mode: DECIDE -> (THINK ->) ANSWER -> DONE.
+
+    Before each token ask `forced` and, if it leaves the choice to the model, mask its logits by `rules.banned[rule]`; then `advance`.
+    `room`: most tokens of the whole reply, at least `MIN_ROOM`. Counts: `n_think` tokens between the tags, `n_answer` tokens after
+    the reasoning without `<|end|>`. Guaranteed for any model: no reasoning with thinking off, `n_think <= thinking_budget`, at
+    least one visible answer token, at most `room` tokens.
+    """
+
+    def __init__(self, rules: TokenRules, mode: Mode, room: int, think_threshold: float = 0.5) -> None:
+        assert room >= MIN_ROOM, f"room {room} is below {MIN_ROOM}"
+        self.rules, self.mode, self.think_threshold = rules, mode, think_threshold
+        self.remaining = room
+        self.answer_reserve = max(1, min(ANSWER_RESERVE, room // 4))
+        self.n_think = self.n_answer = 0
+        self.phase = Phase.DECIDE
+        self.thought = self.finished = False  # opened a reasoning block; ended by <|end|>
+        self._has_text = self._call_open = False
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the next token is the model's own decision to think or not (thinking auto, and room for it)."""
+        return self.phase is Phase.DECIDE and self.mode.thinking == "auto" and self._may_think()
+
+    def forced(self, p_think: float | None = None) -> int | None:
+        """The token that comes next whatever the model prefers, or None. `p_think`, needed when `undecided`: P(<think>) against </think>."""
+        if self.phase is Phase.DECIDE:
+            if self.undecided:
+                thinks = p_think >= self.think_threshold
+            else:
+                thinks = self.mode.thinking == "on" and self._may_think()
+            return self.rules.think if thinks else self.rules.close
+        if self.phase is Phase.THINK:
+            budget = self.mode.thinking_budget
+            used_up = budget is not None and self.n_think >= budget
+            if used_up or self.remaining - 1 <= self.answer_reserve:  # </think> and then the reserve fills the room
+                return self.rules.close
+        return None
+
+    @property
+    def rule(self) -> Rule:
+        """What the model may choose from when nothing is forced."""
+        if self.phase is Phase.DECIDE:
+            return Rule.DECISION
+        if self.phase is Phase.THINK:
+            return Rule.REASONING
+        if not self._has_text:
+            if self.remaining <= 1:
+                return Rule.VISIBLE_TEXT
+            return Rule.TEXT if self._call_open else Rule.OPENING
+        return Rule.CALL if self._call_open else Rule.ANSWER
+
+    def advance(self, token: int) -> None:
+        """Counts `token` as generated. Mutates the controller."""
+        r = self.rules
+        self.remaining -= 1
+        if self.phase is Phase.DECIDE:
+            self.thought = token == r.think
+            self.phase = Phase.THINK if self.thought else Phase.ANSWER
+        elif self.phase is Phase.THINK:
+            if token == r.close:
+                self.phase = Phase.ANSWER
+            else:
+                self.n_think += 1
+        else:
+            assert self.phase is Phase.ANSWER, "the reply has ended"
+            if token == r.end:
+                self.phase, self.finished = Phase.DONE, True
+                return
+            self.n_answer += 1
+            self._has_text = self._has_text or r.visible[token]
+            self._call_open = token == r.call or (self._call_open and token != r.close_call)
+        if self.remaining == 0:
+            self.phase = Phase.DONE
+
+    def _may_think(self) -> bool:
+        """A budget above 0, and room for <think>, one token, </think> and the reserve."""
+        return self.mode.thinking_budget != 0 and self.remaining - 3 >= self.answer_reserve

@@ -1,0 +1,111 @@
+"""Which tokens a computation covers: the bookkeeping behind hard routing.
+
+A forward pass lays its tokens out on a grid of B rows by T columns. `TokenGroup` is a set of grid cells, flat, with everything
+attention needs to know about them; `Partition` splits one group in slow and fast once, for all dual blocks. Used by `model.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import AttentionPlan
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """N tokens of a `(B, T)` grid, as queries against a key axis of length S.
+
+    `cells (N,)`: flat index `b * T + t` of each token, or None when the group is the whole grid in order.
+    `slots (N,)`: flat index in the group's own `(B, Tg)` query grid (rows padded to the longest), None with `cells`.
+    `cos, sin (N, D/2)`: rotary factors at each token's position. `shape` is `(B, Tg)`.
+    """
+
+    plan: AttentionPlan
+    cos: Tensor
+    sin: Tensor
+    shape: tuple[int, int]
+    cells: Tensor | None = None
+    slots: Tensor | None = None
+
+    def to_grid(self, x: Tensor) -> Tensor:
+        """`(N, ...) -> (B, Tg, ...)`; padding slots are zero."""
+        if self.slots is None:
+            return x.view(*self.shape, *x.shape[1:])
+        grid = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
+        return grid.index_copy(0, self.slots, x).view(*self.shape, *x.shape[1:])
+
+    def from_grid(self, grid: Tensor) -> Tensor:
+        """`(B, Tg, ...) -> (N, ...)`, the inverse of `to_grid`."""
+        flat = grid.flatten(0, 1)
+        return flat if self.slots is None else flat.index_select(0, self.slots)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The whole input of one forward pass: key-axis position and document start of each of the B x T tokens.
+
+    `q_pos (B, T)` int64 is -1 at padding. `cos, sin (B*T, D/2)`. Mutates nothing.
+    """
+
+    q_pos: Tensor
+    doc_start: Tensor | None
+    n_keys: int
+    cos: Tensor
+    sin: Tensor
+
+    def whole(self) -> TokenGroup:
+        B, T = self.q_pos.shape
+        return TokenGroup(AttentionPlan(self.q_pos, self.n_keys, self.doc_start), self.cos, self.sin, (B, T))
+
+    def subset(self, cells: Tensor) -> TokenGroup:
+        """The tokens at flat grid indices `cells (N,)`, ascending, N >= 1."""
+        B, T = self.q_pos.shape
+        row = cells // T
+        n_in_row = torch.bincount(row, minlength=B)
+        width = int(n_in_row.max())
+        first = n_in_row.cumsum(0) - n_in_row  # index of each row's first token in the flat order
+        slots = row * width + torch.arange(cells.numel(), device=cells.device) - first[row]
+        q_pos = self.q_pos.new_full((B * width,), -1).index_copy(0, slots, self.q_pos.flatten()[cells]).view(B, width)
+        doc_start = None
+        if self.doc_start is not None:
+            doc_start = self.doc_start.new_zeros(B * width).index_copy(0, slots, self.doc_start.flatten()[cells]).view(B, width)
+        plan = AttentionPlan(q_pos, self.n_keys, doc_start)
+        return TokenGroup(plan, self.cos[cells], self.sin[cells], (B, width), cells, slots)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A hard split of the grid: the flat order of computation is [slow tokens | fast tokens].
+
+    `order (N,)` is the flat grid index of each token in that order; None means the grid's own order (one branch takes everything).
+    A real split leaves padding out. At least one side is present.
+    """
+
+    slow: TokenGroup | None
+    fast: TokenGroup | None
+    order: Tensor | None
+    cos: Tensor
+    sin: Tensor
+
+    @property
+    def n_slow(self) -> int:
+        return 0 if self.slow is None else self.slow.cos.shape[0]
+
+    @staticmethod
+    def uniform(tokens: TokenGroup, slow: bool) -> Partition:
+        """Every token to one branch."""
+        return Partition(tokens if slow else None, None if slow else tokens, None, tokens.cos, tokens.sin)
+
+    @staticmethod
+    def split(grid: Grid, use_slow: Tensor) -> Partition:
+        """By `use_slow (B, T)` bool. One host sync."""
+        valid = grid.q_pos >= 0
+        slow_cells = (use_slow & valid).flatten().nonzero().squeeze(1)
+        fast_cells = (~use_slow & valid).flatten().nonzero().squeeze(1)
+        if fast_cells.numel() == 0 or slow_cells.numel() == 0:
+            return Partition.uniform(grid.whole(), slow=fast_cells.numel() == 0)
+        order = torch.cat([slow_cells, fast_cells])
+        return Partition(grid.subset(slow_cells), grid.subset(fast_cells), order, grid.cos[order], grid.sin[order])

@@ -1,0 +1,82 @@
+"""From logits to token ids: pure functions, used by `generate.py`. Which tokens are allowed at all is `modes.py`'s business."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is drawn. `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch their filter off.
+
+    `max_tokens` bounds everything that is generated: decision, reasoning, answer and `<|end|>`. Raises ValueError for values out
+    of range. Greedy decoding reads neither the filters nor the seed.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    max_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0.0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature is {self.temperature}; it must be finite and at least 0 (0 = greedy)")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be at least 0 (0 = off)")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1] (1 = off)")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ValueError(f"min_p is {self.min_p}; it must lie in [0, 1] (0 = off)")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must lie in [0, 2**63)")
+        if self.max_tokens < 2:
+            raise ValueError(f"max_tokens is {self.max_tokens}; a reply needs at least 2 (the decision to think or not, and one answer token)")
+
+
+GREEDY = SamplingParams()
+
+
+def filtered_probs(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """The distribution that `sample` draws from: `probs (B, V)` fp64, most probable first and zero where filtered, and `ids (B, V)`.
+
+    Each filter reads the tempered distribution of all tokens, and a token must pass all of them, so their order plays no role:
+    `top_k`, the k most probable (ties: lower id first); `top_p`, the shortest head whose mass reaches top_p; `min_p`, at least
+    min_p times the most probable. Every filter keeps a head of the sorted order, never empty. temperature must be above 0.
+    """
+    logits = logits.double()
+    probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / params.temperature, -1)
+    probs, ids = probs.sort(dim=-1, descending=True, stable=True)
+    keep = probs >= params.min_p * probs[:, :1]
+    if params.top_k:
+        keep[:, params.top_k :] = False
+    if params.top_p < 1.0:
+        keep &= probs.cumsum(-1) - probs < params.top_p  # mass before this token
+    probs = probs * keep
+    return probs / probs.sum(-1, keepdim=True), ids
+
+
+def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+    """One token id per row `(B,)` from `logits (B, V)`; a logit of -inf is never chosen.
+
+    `generator` (on the CPU) is one for all rows, or a sequence with one per row, which makes a row's draws independent of its batch.
+    Each row consumes one number of its generator; greedy consumes none. Mutates nothing else.
+    """
+    if params.temperature == 0.0:
+        return logits.argmax(-1)
+    if isinstance(generator, torch.Generator) or generator is None:
+        u = torch.rand(logits.shape[0], dtype=torch.float64, generator=generator)
+    else:
+        u = torch.cat([torch.rand(1, dtype=torch.float64, generator=g) for g in generator])
+    probs, ids = filtered_probs(logits, params)
+    cumulative = probs.cumsum(-1)
+    # u * mass < mass, so the drawn rank is one of a token with a probability above 0, whatever the rounding
+    rank = torch.searchsorted(cumulative, u.to(probs.device)[:, None] * cumulative[:, -1:], right=True)
+    last = (probs > 0).sum(-1, keepdim=True) - 1
+    return ids.gather(-1, torch.minimum(rank, last)).squeeze(-1)

@@ -1,0 +1,454 @@
+"""The fast plain-PyTorch attention: same results as `reference.py`, memory linear in T. Called by `ops.py` only.
+
+Four ways through, chosen by shape alone:
+- dense: `is_causal` SDPA for a whole prefix, otherwise masked SDPA in chunks of queries;
+- masked: sparse with a mask per KV head, for rows so short that a mask costs less than gathering;
+- gathered: each query gathers the keys it reads; for decode, where reading little is what counts;
+- tiled: prefill of long rows (`_tiled`).
+Arguments are checked already. bf16 on a CPU is computed in fp32, which is far faster there.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from kernels import reference
+from kernels.reference import pool_keys, upcast
+from kernels.spec import AttentionPlan, SparseSpec
+
+MASK_ELEMENTS = 1 << 22  # most (T x S) mask entries per row alive at once in a chunk of dense attention
+CACHED_MASK_ELEMENTS = 1 << 26  # masks of a plan are kept for the next layer up to this size
+MASKED_ELEMENTS = 1 << 19  # rows with T * S up to this take the masked way
+GATHERED_QUERIES = 16  # calls with up to this many queries per row gather
+CHUNK_ELEMENTS = 1 << 22  # elements of the largest buffer in the tiled way; 16 MiB fp32, small enough that malloc reuses it
+BAND_TILE = 64
+
+
+def _compute(x: Tensor) -> Tensor:
+    return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _zero_unseen(k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+    """k, v cut to the last visible key, with what no query of a row sees set to zero (it may be NaN, and 0 * NaN is NaN)."""
+    n = max(plan.max_pos + 1, 1)
+    k, v = k[:, :n], v[:, :n]
+    if min(plan.row_max) == n - 1:
+        return k, v
+
+    def unseen() -> Tensor:
+        s = torch.arange(n, device=k.device)
+        return (s > plan.q_pos.amax(1, keepdim=True))[:, :, None, None]
+
+    unseen = plan.cached("unseen", unseen)
+    return k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
+
+
+def _zero_padding(x: Tensor, plan: AttentionPlan) -> Tensor:
+    """x (B, T, H, D) with padding queries set to zero, their gradient too."""
+    return x.masked_fill((plan.q_pos < 0)[:, :, None, None], 0) if plan.has_padding else x
+
+
+# --- dense ---------------------------------------------------------------------------------------------------------
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    if plan.max_pos < 0:
+        return _zero_padding(q, plan)
+    dtype = q.dtype
+    q, k, v = _compute(q), _compute(k), _compute(v)
+    if q.shape[1] == 1 and q.device.type == "cpu":
+        return _decode_rows(q, k, v, plan).to(dtype)
+    if plan.is_prefix:
+        return _sdpa(q, k, v, is_causal=True).to(dtype)
+    k, v = _zero_unseen(k, v, plan)
+    q = _zero_padding(q, plan)
+    out = [_sdpa(q[:, t0:t1], k[:, lo:hi], v[:, lo:hi], _chunk_mask(plan, t0, t1, lo, hi)) for t0, t1, lo, hi in _chunks(plan)]
+    return _zero_padding(torch.cat(out, 1) if len(out) > 1 else out[0], plan).to(dtype)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """SDPA on token-major tensors; mask (B, 1, T, S)."""
+    gqa = q.shape[2] != k.shape[2]
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=is_causal, enable_gqa=gqa
+    )
+    return out.transpose(1, 2)
+
+
+def _chunks(plan: AttentionPlan) -> list[tuple[int, int, int, int]]:
+    """Chunks of queries and the keys each may see: (t0, t1, lo, hi), half-open."""
+
+    def build() -> list[tuple[int, int, int, int]]:
+        T, S = plan.q_pos.shape[1], plan.max_pos + 1
+        size = min(T, max(64, MASK_ELEMENTS // max(S, 1)))
+        starts = range(0, T, size)
+        lows, highs = [], []
+        for t in starts:
+            pos, start = plan.q_pos[:, t : t + size], plan.doc_start[:, t : t + size]
+            lows.append(start.masked_fill(pos < 0, plan.n_keys).min())
+            highs.append(pos.max())
+        bounds = torch.stack(lows + highs).tolist()
+        n = len(starts)
+        # a chunk of padding alone sees nothing: it gets one (zeroed or visible) key, and its output is set to zero
+        return [
+            (t, min(t + size, T), *((lo, hi + 1) if hi >= 0 else (0, 1)))
+            for t, lo, hi in zip(starts, bounds[:n], bounds[n:], strict=True)
+        ]
+
+    return plan.cached("chunks", build)
+
+
+def _chunk_mask(plan: AttentionPlan, t0: int, t1: int, lo: int, hi: int) -> Tensor:
+    """mask (B, 1, t1 - t0, hi - lo); a padding query is given all keys, so that its softmax is finite."""
+
+    def build() -> Tensor:
+        s = torch.arange(lo, hi, device=plan.q_pos.device)
+        pos, start = plan.q_pos[:, t0:t1, None], plan.doc_start[:, t0:t1, None]
+        mask = (s <= pos) & (s >= start)
+        return ((mask | (pos < 0)) if plan.has_padding else mask).unsqueeze(1)
+
+    if plan.q_pos.numel() * plan.n_keys <= CACHED_MASK_ELEMENTS:
+        return plan.cached(("mask", t0), build)
+    return build()
+
+
+def _decode_rows(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    """One query per row, on a CPU: two products per row over a slice of the keys; SDPA is far slower at T = 1."""
+    B, T, H, D = q.shape
+    Hk = k.shape[2]
+    starts = plan.cached("starts", lambda: plan.doc_start[:, 0].tolist() if plan.has_docs else [0] * B)
+    rows = []
+    for b in range(B):
+        lo, hi = starts[b], plan.row_max[b] + 1
+        if hi == 0:
+            rows.append(q.new_zeros(H, D))
+            continue
+        kb, vb = k[b, lo:hi].transpose(0, 1), v[b, lo:hi].transpose(0, 1)  # (Hk, S, D)
+        p = (torch.bmm(q[b, 0].reshape(Hk, H // Hk, D) * D**-0.5, kb.transpose(1, 2))).softmax(-1)
+        rows.append(torch.bmm(p, vb).reshape(H, D))
+    return torch.stack(rows).unsqueeze(1)
+
+
+# --- selection -----------------------------------------------------------------------------------------------------
+
+
+def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSpec) -> Tensor:
+    B, T, H, D = q.shape
+    Hk = pooled.shape[2]
+    N = min(pooled.shape[1], (plan.max_pos + 1) // spec.block_size)
+    q_sum = upcast(q.detach()).reshape(B, T, Hk, H // Hk, D).sum(3)
+    pooled = upcast(pooled.detach()[:, :N])
+    size = max(1, CHUNK_ELEMENTS // max(1, B * Hk * N))
+    ids = []
+    for t in range(0, T, size):
+        scores = torch.einsum("btkd,bnkd->btkn", q_sum[:, t : t + size], pooled)
+        pos, start = plan.q_pos[:, t : t + size, None], plan.doc_start[:, t : t + size, None]
+        ids.append(_best_blocks(scores, pos, start, spec))
+    return torch.cat(ids, 1) if len(ids) > 1 else ids[0]
+
+
+def _best_blocks(scores: Tensor, q_pos: Tensor, doc_start: Tensor, spec: SparseSpec) -> Tensor:
+    """block_ids (B, T, Hk, M) from scores (B, T, Hk, N); overwrites scores. q_pos, doc_start (B, T, 1)."""
+    N, M = scores.shape[-1], spec.n_selected_blocks
+    if N == 0 or M == 0:
+        return torch.full((*scores.shape[:-1], M), -1, dtype=torch.int64, device=scores.device)
+    first, stop = _selectable_range(q_pos, doc_start, spec)
+    n = torch.arange(N, device=scores.device)
+    scores.masked_fill_(((n < first) | (n >= stop)).unsqueeze(2), float("-inf"))
+    if scores.is_cuda or N <= M:
+        values, ids = torch.sort(scores, dim=-1, descending=True, stable=True)
+        values, ids = values[..., :M], ids[..., :M]
+    else:
+        values, ids = scores.topk(M + 1, dim=-1)
+        tied = (values[..., M - 1] == values[..., M]) & (values[..., M] > float("-inf"))  # topk breaks ties at will
+        if tied.any():
+            ids[tied] = torch.sort(scores[tied], dim=-1, descending=True, stable=True).indices[..., : M + 1]
+        values, ids = values[..., :M], ids[..., :M]
+    ids = torch.sort(ids.masked_fill(values == float("-inf"), N), dim=-1).values
+    ids = ids.masked_fill_(ids == N, -1)
+    return F.pad(ids, (0, M - ids.shape[-1]), value=-1)
+
+
+def _selectable_range(q_pos: Tensor, doc_start: Tensor, spec: SparseSpec) -> tuple[Tensor, Tensor]:
+    """Selectable blocks are one range [first, stop): after the sinks' whole blocks, before the first one wholly in the window."""
+    bs = spec.block_size
+    first = (doc_start + bs - 1) // bs
+    first = torch.maximum(first, (doc_start + spec.n_sinks) // bs)  # block n ends in the sinks iff n < this
+    stop = torch.minimum((q_pos + 1) // bs, (q_pos - spec.window).div(bs, rounding_mode="floor") + 1)
+    return first, torch.where(q_pos - doc_start >= spec.dense_len, stop, 0)
+
+
+# --- sparse --------------------------------------------------------------------------------------------------------
+
+
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor | None = None
+) -> Tensor:
+    B, T, H, D = q.shape
+    if plan.all_dense(spec.dense_len):
+        return dense_attention(q, k, v, plan)
+    if T > GATHERED_QUERIES and T * (plan.max_pos + 1) > MASKED_ELEMENTS:
+        return _tiled(q, k, v, plan, spec, pooled)
+    if pooled is None:
+        pooled = pool_keys(k.detach(), spec.block_size)
+    block_ids = select_blocks(q, pooled, plan, spec)
+    way = _gathered if T <= GATHERED_QUERIES else _masked
+    return way(_compute(q), _compute(k) if way is _masked else k, _compute(v) if way is _masked else v, plan, spec, block_ids).to(q.dtype)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, block_ids: Tensor) -> Tensor:
+    B, T, H, D = q.shape
+    Hk = k.shape[2]
+    G = H // Hk
+    mask = reference.sparse_mask(block_ids, plan, spec)  # (B, T, Hk, S)
+    k, v = _zero_unseen(k, v, plan)
+    S = k.shape[1]
+    mask = mask[..., :S]
+    if plan.has_padding:
+        mask = mask | (plan.q_pos < 0)[:, :, None, None]
+    mask = mask.permute(0, 2, 1, 3).reshape(B * Hk, 1, T, S).expand(-1, G, -1, -1)
+    qg = _zero_padding(q, plan).reshape(B, T, Hk, G, D).permute(0, 2, 3, 1, 4).reshape(B * Hk, G, T, D)
+    kg, vg = (x.transpose(1, 2).reshape(B * Hk, 1, S, D).expand(-1, G, -1, -1) for x in (k, v))
+    out = F.scaled_dot_product_attention(qg, kg, vg, attn_mask=mask)
+    out = out.reshape(B, Hk, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    return _zero_padding(out, plan)
+
+
+def _gathered(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, block_ids: Tensor) -> Tensor:
+    """Each query gathers exactly the keys it reads (a masked entry gathers the query's own key instead)."""
+    B, T, H, D = q.shape
+    Hk, M = block_ids.shape[2:]
+    window, keys, keep = plan.cached(("gathered", spec), lambda: _window_and_sinks(plan, spec))
+    bs = spec.block_size
+    own = plan.q_pos.clamp(min=0)[:, :, None, None]
+    # chosen[b, t, hk, i]: i-th key of the chosen blocks; those in the window or the sinks are read there
+    chosen = (block_ids[..., None] * bs + torch.arange(bs, device=q.device)).flatten(3)
+    before_window = chosen <= plan.q_pos[:, :, None, None] - spec.window
+    after_sinks = chosen >= plan.doc_start[:, :, None, None] + spec.n_sinks
+    chosen_keep = before_window & after_sinks & (chosen >= 0)
+    keys = torch.cat([keys.expand(-1, -1, Hk, -1), chosen], -1)
+    keep = torch.cat([keep.expand(-1, -1, Hk, -1), chosen_keep], -1)  # (B, T, Hk, L)
+    keys = torch.where(keep, keys, own)
+    rows = torch.arange(B, device=q.device)[:, None, None, None]
+    heads = torch.arange(Hk, device=q.device)[:, None]
+    k_read, v_read = _compute(k[rows, keys, heads]), _compute(v[rows, keys, heads])  # (B, T, Hk, L, D)
+    if plan.has_padding:  # a row of padding may hold nothing valid at all
+        pad = (plan.q_pos < 0)[:, :, None, None, None]
+        k_read, v_read = k_read.masked_fill(pad, 0), v_read.masked_fill(pad, 0)
+        keep = keep | pad[..., 0]
+    qg = _zero_padding(q, plan).reshape(B, T, Hk, H // Hk, D) * D**-0.5
+    scores = (qg @ k_read.transpose(-1, -2)).masked_fill(~keep.unsqueeze(3), float("-inf"))
+    p = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v_read.dtype)
+    return _zero_padding((p @ v_read).reshape(B, T, H, D), plan)
+
+
+def _window_and_sinks(plan: AttentionPlan, spec: SparseSpec) -> tuple[int, Tensor, Tensor]:
+    """The keys a query reads whatever it chooses, and which of them count: (L, keys (B, T, 1, L), keep (B, T, 1, L))."""
+    device = plan.q_pos.device
+    q_pos, doc_start = plan.q_pos.unsqueeze(-1), plan.doc_start.unsqueeze(-1)
+    sinks = doc_start + torch.arange(min(spec.n_sinks, plan.n_keys), device=device)
+    window = q_pos - torch.arange(min(spec.window, plan.n_keys), device=device)
+    keys = torch.cat([sinks, window], -1)
+    keep = torch.cat([sinks <= q_pos - spec.window, window >= doc_start], -1)
+    if plan.any_dense(spec.dense_len):  # dense queries read the same table from their document's start
+        L = max(keys.shape[-1], min(spec.dense_len, plan.n_keys))
+        keys, keep = F.pad(keys, (0, L - keys.shape[-1])), F.pad(keep, (0, L - keep.shape[-1]))
+        dense_keys = doc_start + torch.arange(L, device=device)
+        is_dense = q_pos - doc_start < spec.dense_len
+        keys, keep = torch.where(is_dense, dense_keys, keys), torch.where(is_dense, dense_keys <= q_pos, keep)
+    return keys.shape[-1], keys.unsqueeze(2), (keep & (q_pos >= 0).expand_as(keep)).unsqueeze(2)
+
+
+# --- tiled ---------------------------------------------------------------------------------------------------------
+
+
+class _DenseChunk(NamedTuple):
+    index: Tensor  # (Tc,) which queries of the row, in order of position
+    q_pos: Tensor  # (Tc,)
+    doc_start: Tensor
+    lo: int  # keys [lo, hi) cover what the chunk sees
+    hi: int
+
+
+class _SparseChunk(NamedTuple):
+    index: Tensor  # (n,) which queries of the row, in order of position
+    padded_index: Tensor  # (Tc,) the same, the last one repeated up to a multiple of `tile`
+    q_pos: Tensor  # (Tc,)
+    doc_start: Tensor
+    n_blocks: int  # blocks complete at the chunk's last query
+    tile: int  # queries per tile of the window band
+    band_keys: Tensor  # (Tc // tile, L) keys that each tile's windows cover; some lie outside and are masked
+    band_mask: Tensor  # (Tc, L)
+
+
+def _split_rows(plan: AttentionPlan, spec: SparseSpec, row_elements: int) -> list[tuple[list[_SparseChunk], list[_DenseChunk]]]:
+    """Chunks of each row's sparse and dense queries, in order of position. row_elements: G * D."""
+    n_read = spec.n_selected_blocks + -(-spec.n_sinks // spec.block_size) + 1
+    size = max(BAND_TILE, CHUNK_ELEMENTS // (n_read * row_elements) // BAND_TILE * BAND_TILE)
+    rows = []
+    for b in range(plan.q_pos.shape[0]):
+        q_pos, doc_start = plan.q_pos[b], plan.doc_start[b]
+        order = torch.sort(q_pos, stable=True).indices
+        is_dense = (q_pos - doc_start < spec.dense_len)[order]
+        valid = (q_pos >= 0)[order]
+        sparse = [_make_sparse_chunk(i, q_pos, doc_start, spec) for i in order[valid & ~is_dense].split(size) if i.numel()]
+        dense = [_make_dense_chunk(i, q_pos, doc_start) for i in order[valid & is_dense].split(1024) if i.numel()]
+        rows.append((sparse, dense))
+    return rows
+
+
+def _make_dense_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor) -> _DenseChunk:
+    q_pos, doc_start = q_pos[index], doc_start[index]
+    return _DenseChunk(index, q_pos, doc_start, int(doc_start.min()), int(q_pos[-1]) + 1)
+
+
+def _make_sparse_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor, spec: SparseSpec) -> _SparseChunk:
+    tile = min(BAND_TILE, 1 << (len(index) - 1).bit_length())
+    while True:  # queries far apart get smaller tiles, or their bands would hold many keys that none of them reads
+        padded = F.pad(index, (0, -len(index) % tile))
+        padded[len(index) :] = index[-1]
+        pos, start = q_pos[padded], doc_start[padded]
+        lowest = torch.maximum(pos - spec.window + 1, start).view(-1, tile).amin(1)
+        L = int((pos.view(-1, tile).amax(1) - lowest).max()) + 1
+        L += -L % spec.block_size
+        if tile == 1 or L <= 2 * spec.window + 2 * BAND_TILE:
+            break
+        tile //= 2
+    keys = lowest[:, None] + torch.arange(L, device=pos.device)  # (n_tiles, L)
+    key, query = keys[:, None], pos.view(-1, tile, 1)
+    mask = (key <= query) & (key > query - spec.window) & (key >= start.view(-1, tile, 1))
+    last = int(pos[-1])
+    return _SparseChunk(index, padded, pos, start, (last + 1) // spec.block_size, tile, keys.clamp(max=last), mask.flatten(0, 1))
+
+
+def _tiled(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor | None) -> Tensor:
+    """Sparse prefill of long rows.
+
+    A row's queries are put in order of position. Those below dense_len are dense. The rest go in chunks, one KV head at
+    a time: the window is a band (tiles of consecutive queries against one range of keys); the sinks' and chosen blocks are
+    turned round, from "the blocks of a query" to "the queries of a block", so that each block meets its queries in one
+    product and nothing larger than a query is ever gathered. One softmax covers both parts.
+    """
+    dtype = q.dtype
+    B, T, H, D = q.shape
+    Hk = k.shape[2]
+    G = H // Hk
+    out = []
+    for b, (sparse, dense) in enumerate(plan.cached(("rows", spec, G, D), lambda: _split_rows(plan, spec, G * D))):
+        n_keys = plan.row_max[b] + 1
+        if n_keys == 0:
+            out.append(_compute(q[b]).new_zeros(T, H, D))
+            continue
+        pad = -n_keys % spec.block_size
+        kb, vb = (F.pad(_compute(x[b, :n_keys]).transpose(0, 1), (0, 0, 0, pad)) for x in (k, v))  # (Hk, S, D)
+        if pooled is None:
+            pooled_b = pool_keys(k[b : b + 1, :n_keys].detach(), spec.block_size)[0]
+        else:
+            pooled_b = upcast(pooled[b].detach())
+        qb = _compute(q[b])
+        parts = [_dense_chunk(qb.index_select(0, chunk.index), kb, vb, chunk) for chunk in dense]
+        if sparse:
+            heads = []
+            for h in range(Hk):
+                pooled_h = pooled_b[:, h].contiguous()
+                done = []
+                for chunk in sparse:
+                    qc = qb[:, h * G : (h + 1) * G].index_select(0, chunk.padded_index)  # (Tc, G, D)
+                    scores = upcast(qc.detach()).sum(1) @ pooled_h[: chunk.n_blocks].T
+                    ids = _best_blocks(scores[None, :, None], chunk.q_pos[None, :, None], chunk.doc_start[None, :, None], spec)[0, :, 0]
+                    args = (qc, kb[h], vb[h], ids, chunk, spec)
+                    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+                        done.append(checkpoint(_read_chunk, *args, use_reentrant=False))
+                    else:
+                        done.append(_read_chunk(*args))
+                heads.append(torch.cat(done) if len(done) > 1 else done[0])
+            parts.append(torch.cat(heads, 1))
+        index = torch.cat([chunk.index for chunk in (*dense, *sparse)])
+        row = torch.cat(parts) if len(parts) > 1 else parts[0]
+        out.append(row.new_zeros(T, H, D).index_copy(0, index, row))
+    return torch.stack(out).to(dtype)
+
+
+def _dense_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: _DenseChunk) -> Tensor:
+    """q (Tc, H, D) over k, v (Hk, S, D) -> (Tc, H, D)."""
+    s = torch.arange(chunk.lo, chunk.hi, device=q.device)
+    mask = (s <= chunk.q_pos[:, None]) & (s >= chunk.doc_start[:, None])
+    k, v = (x[:, chunk.lo : chunk.hi].transpose(0, 1).unsqueeze(0) for x in (k, v))
+    return _sdpa(q.unsqueeze(0), k, v, mask[None, None])[0]
+
+
+def _read_chunk(q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec) -> Tensor:
+    """One KV head's sparse queries q (Tc, G, D) over k, v (S, D), reading block_ids (Tc, M) -> (n, G, D), n <= Tc."""
+    Tc, G, D = q.shape
+    bs, tile = spec.block_size, chunk.tile
+    block_ids, limit = _with_sink_blocks(block_ids, chunk, spec)  # (Tc, R): keys of block r count below limit[r]
+    R = block_ids.shape[1]
+    q = q * D**-0.5
+
+    # scores of the window: tiles of queries against one range of keys
+    k_band, v_band = k[chunk.band_keys], v[chunk.band_keys]  # (n_tiles, L, D)
+    logits = torch.bmm(q.view(-1, tile * G, D), k_band.transpose(1, 2)).view(Tc, G, -1)
+    mask = chunk.band_mask
+    if R:
+        # scores of the blocks: pair (query, block) sits in a slot; a tile is `width` slots of one block
+        slot_of_pair, pair_of_slot, block_of_tile, width = _turn_round(block_ids, k.shape[0] // bs)
+        k_tile = k.view(-1, bs, D).index_select(0, block_of_tile)
+        q_tile = q.view(Tc, G * D).index_select(0, pair_of_slot // R).view(-1, width * G, D)
+        scores = torch.bmm(q_tile, k_tile.transpose(1, 2)).view(-1, bs)  # a row per slot and head of the group
+        heads = torch.arange(G, device=q.device)
+        scores = scores.index_select(0, (slot_of_pair.view(Tc, 1, R) * G + heads[:, None]).flatten())
+        logits = torch.cat([scores.view(Tc, G, R * bs), logits], -1)
+        keys = (block_ids * bs)[:, :, None] + torch.arange(bs, device=q.device)
+        mask = torch.cat([(keys < limit[:, :, None]).flatten(1), mask], 1)
+    p = logits.masked_fill_(~mask.unsqueeze(1), float("-inf")).softmax(-1)
+    W = p.shape[-1]  # R * bs + L, a multiple of bs
+    out = torch.bmm(p[..., R * bs :].view(-1, tile * G, W - R * bs), v_band).view(Tc, G, D)
+    if R:
+        row = (pair_of_slot // R * G)[:, None] + heads  # p row of (slot, head)
+        p_tile = p.view(-1, bs).index_select(0, (row * (W // bs) + (pair_of_slot % R)[:, None]).flatten())
+        v_tile = v.view(-1, bs, D).index_select(0, block_of_tile)
+        read = torch.bmm(p_tile.view(-1, width * G, bs), v_tile).view(-1, G * D)  # a row per slot
+        out = out + F.embedding_bag(slot_of_pair.view(Tc, R), read, mode="sum").view(Tc, G, D)  # sum over a query's pairs
+    return out[: len(chunk.index)]
+
+
+def _with_sink_blocks(block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec) -> tuple[Tensor, Tensor]:
+    """All blocks read outside the window: (block_ids (Tc, R), limit (Tc, R)); a key counts if it is < limit.
+
+    A chosen block counts up to the window, a sinks' block up to the sinks' end too. A sinks' block that is also chosen,
+    and an unused id, become block 0 with limit 0: nothing counts twice.
+    """
+    before_window = (chunk.q_pos - spec.window + 1)[:, None]
+    used = block_ids >= 0
+    ids, limit = block_ids.clamp(min=0), torch.where(used, before_window, 0)
+    n_sink_blocks = -(-spec.n_sinks // spec.block_size)
+    if n_sink_blocks:
+        sink_ids = chunk.doc_start[:, None] // spec.block_size + torch.arange(n_sink_blocks, device=ids.device)
+        sink_limit = torch.minimum(before_window, (chunk.doc_start + spec.n_sinks)[:, None]).expand_as(sink_ids)
+        taken = (block_ids[:, :, None] == sink_ids[:, None]).any(1) | (sink_ids * spec.block_size >= sink_limit)
+        ids = torch.cat([sink_ids.masked_fill(taken, 0), ids], 1)
+        limit = torch.cat([sink_limit.masked_fill(taken, 0), limit], 1)
+    return ids, limit
+
+
+def _turn_round(block_ids: Tensor, n_blocks: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """From blocks of a query to queries of a block: (slot_of_pair (P,), pair_of_slot (n_tiles * width,), block_of_tile, width).
+
+    Pair p = query p // R and its block number p % R. Pairs are sorted by block; each block's share is rounded up to whole
+    tiles of `width` slots. Slots left over point at pair 0; nobody reads their result.
+    """
+    block = block_ids.flatten()
+    P = block.numel()
+    width = 1 << max(3, min(6, (P // max(1, n_blocks)).bit_length() - 2))  # about a quarter of a block's share
+    sorted_block, pair = torch.sort(block)
+    count = torch.bincount(block, minlength=n_blocks)
+    n_tiles = (count + width - 1) // width
+    first_pair, first_tile = count.cumsum(0) - count, n_tiles.cumsum(0) - n_tiles
+    slot = (first_tile * width - first_pair)[sorted_block] + torch.arange(P, device=block.device)
+    block_of_tile = torch.repeat_interleave(torch.arange(n_blocks, device=block.device), n_tiles)
+    slot_of_pair = torch.empty_like(slot).index_copy_(0, pair, slot)
+    pair_of_slot = slot.new_zeros(block_of_tile.numel() * width).index_copy_(0, slot, pair)
+    return slot_of_pair, pair_of_slot, block_of_tile, width

@@ -1,0 +1,52 @@
+"""Fixtures shared by all tests. Everything is built in memory from a seed: no files, no network, no training."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from dualbranch.config import DualBranchConfig
+from dualbranch.gate import Calibration
+from dualbranch.model import DualBranchModel
+from dualbranch.tokenizer import Tokenizer
+from kernels import SparseSpec
+
+torch.set_num_threads(1)  # tests are many tiny operations, and other jobs share the cores: waiting for a second thread costs 10x
+
+
+def make_tiny_tokenizer(vocab_size: int = 400) -> Tokenizer:
+    """A tokenizer with all byte pieces, trained on a few hundred made-up sentences in English and Chinese."""
+    rng = random.Random(0)
+    words = ["the", "sum", "of", "two", "numbers", "is", "what", "how", "many", "apples", "are", "left", "after", "three", "people", "take"]
+    hanzi = "一共有多少个苹果每人分到几个数和是"
+    lines = [" ".join(rng.choices(words, k=8)) + f" {rng.randrange(1000)}? " + "".join(rng.choices(hanzi, k=6)) for _ in range(400)]
+    return Tokenizer.train(lines, vocab_size)
+
+
+def make_tiny_model(vocab_size: int, seed: int = 0, **overrides) -> DualBranchModel:
+    """A random model small enough for hundreds of generations: spread-out logits, sparse attention that really drops keys beyond
+    16 tokens, and a gate calibrated so that each budget really splits tokens."""
+    sparse = SparseSpec(block_size=4, n_selected_blocks=2, window=8, n_sinks=2, dense_len=16)
+    sizes = {"d_model": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "d_ff": 64, "fast_n_heads": 2, "fast_d_ff": 16, "d_gate": 8}
+    rest = {"n_stem": 1, "n_tail": 1, "sparse": sparse, "tie_embeddings": False, "max_seq_len": 256}
+    model = DualBranchModel(DualBranchConfig(vocab_size=vocab_size, **{**sizes, **rest, **overrides}))
+    model.init_weights(seed)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        model.embed.weight.normal_(generator=generator)
+        if model.head is not None:
+            model.head.weight.mul_(3)
+        if model.gate is not None:
+            model.gate.w_out.weight.mul_(3)
+            g = model(torch.randint(10, vocab_size, (8, 64), generator=generator), "auto", threshold=0.5).g
+            model.calibration = Calibration.measure(g)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tuple[DualBranchModel, Tokenizer]:
+    """A random `(model, tokenizer)`; shared, so leave both as they are."""
+    tok = make_tiny_tokenizer()
+    return make_tiny_model(tok.vocab_size), tok
