@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kernels import AttentionPlan, SparseSpec, dense_attention, get_backend, pool_keys, reference, sparse_attention  # noqa: E402
+from kernels import AttentionPlan, SparseSpec, dense_attention, get_backend, pool_keys, reference, sparse_attention
 
 LENGTHS = [1024, 2048, 4096, 8192, 16384]
 
@@ -49,17 +49,17 @@ def check(args: argparse.Namespace) -> float:
     return worst
 
 
-def time_in_turn(calls: dict, repeats: int, device: str) -> dict[str, tuple[float, float]]:
+def time_in_turn(calls: dict, repeats: int, device: str, clock=time.perf_counter) -> dict[str, tuple[float, float]]:
     """name -> (median, half of the middle half's width) in milliseconds."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(repeats + 1):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if device == "cuda":
                 torch.cuda.synchronize()
             if i:
-                seconds[name].append((time.perf_counter() - start) * 1e3)
+                seconds[name].append((clock() - start) * 1e3)
     spread = {n: (sorted(s)[(3 * len(s)) // 4] - sorted(s)[len(s) // 4]) / 2 for n, s in seconds.items()}
     return {n: (statistics.median(s), spread[n]) for n, s in seconds.items()}
 
@@ -83,25 +83,32 @@ def peak_extra_mib(call, device: str) -> float:
 
 
 @torch.inference_mode()
+def measure_one(phase: str, n: int, args: argparse.Namespace) -> dict:
+    """One table row: a whole prefill of n tokens, or one decode step over n keys."""
+    spec = SparseSpec()
+    T = n if phase == "prefill" else 1
+    q, k, v = make(T, n, args)
+    plan = AttentionPlan(torch.arange(n - T, n, device=args.device)[None], n)
+    pooled = pool_keys(k, spec.block_size) if phase == "decode" else None
+    qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
+    calls = {
+        "sdpa": lambda: F.scaled_dot_product_attention(qt, kt, vt, is_causal=T > 1, enable_gqa=args.n_heads != args.n_kv_heads),
+        "dense": lambda: dense_attention(q, k, v, plan),
+        "sparse": lambda: sparse_attention(q, k, v, plan, spec, pooled),
+    }
+    row = {"phase": phase, "n_keys": n}
+    repeats = args.repeats * (10 if phase == "decode" else 1)
+    for name, (median, spread) in time_in_turn(calls, repeats, args.device, time.process_time if args.cpu_time else time.perf_counter).items():
+        row |= {f"{name}_ms": round(median, 3), f"{name}_spread_ms": round(spread, 3)}
+        row[f"{name}_mib"] = round(peak_extra_mib(calls[name], args.device), 1)
+    return row
+
+
 def measure(args: argparse.Namespace) -> list[dict]:
-    spec, rows = SparseSpec(), []
+    rows = []
     for n in args.lengths:
         for phase in ("prefill", "decode"):
-            T = n if phase == "prefill" else 1
-            q, k, v = make(T, n, args)
-            plan = AttentionPlan(torch.arange(n - T, n, device=args.device)[None], n)
-            pooled = pool_keys(k, spec.block_size) if phase == "decode" else None
-            qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
-            calls = {
-                "sdpa": lambda: F.scaled_dot_product_attention(qt, kt, vt, is_causal=T > 1, enable_gqa=args.n_heads != args.n_kv_heads),
-                "dense": lambda: dense_attention(q, k, v, plan),
-                "sparse": lambda: sparse_attention(q, k, v, plan, spec, pooled),
-            }
-            times = time_in_turn(calls, args.repeats * (10 if phase == "decode" else 1), args.device)
-            row = {"phase": phase, "n_keys": n}
-            for name, (median, spread) in times.items():
-                row |= {f"{name}_ms": round(median, 3), f"{name}_spread_ms": round(spread, 3)}
-                row[f"{name}_mib"] = round(peak_extra_mib(calls[name], args.device), 1)
+            row = measure_one(phase, n, args)
             rows.append(row)
             print(
                 f"| {phase} | {n} | {row['sdpa_ms']:.2f} | {row['dense_ms']:.2f} | {row['sparse_ms']:.2f} ± {row['sparse_spread_ms']:.2f} "
@@ -124,18 +131,27 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--n-heads", type=int, default=8)
     parser.add_argument("--n-kv-heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--threads", type=int, help="CPU threads; 1 is the fairest on a machine that is not idle")
+    parser.add_argument("--cpu-time", action="store_true", help="count this process's CPU seconds, not wall time: for a busy machine, with --threads 1")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args(argv)
+    if args.cpu_time and (args.threads != 1 or args.device != "cpu"):
+        raise ValueError("--cpu-time means something only with --threads 1 on --device cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
     args.dtype = getattr(torch, args.dtype)
     args.lengths = args.lengths or (LENGTHS[:2] if args.quick else LENGTHS)
     args.repeats = 1 if args.quick else args.repeats
     worst = check(args)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    print(f"equal to the reference within {worst:.1e}; {device}; {args.n_heads} heads x {args.head_dim}, {args.n_kv_heads} KV heads, batch 1")
-    print("| phase | keys | SDPA ms | dense ms | sparse ms | faster than best dense | dense MiB | sparse MiB |\n|---|---|---|---|---|---|---|---|")
+    cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if args.device == "cuda" else cpu
+    print(f"equal to the reference within {worst:.1e}; {device}, {args.dtype}, {'CPU' if args.cpu_time else 'wall'} time")
+    print(f"{args.n_heads} heads x {args.head_dim}, {args.n_kv_heads} KV heads, batch 1, {SparseSpec()}")
+    print("| phase | keys | SDPA ms | dense ms | sparse ms | faster than best dense | dense MiB | sparse MiB |")
+    print("|---|---|---|---|---|---|---|---|")
     rows = measure(args)
-    info = {"torch": torch.__version__, "commit": commit(), "device": device, "backend": get_backend(), "dtype": str(args.dtype)}
+    info = {"torch": torch.__version__, "commit": commit(), "device": device, "backend": get_backend(), "dtype": str(args.dtype), "cpu_time": args.cpu_time}
     info |= {"n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads, "head_dim": args.head_dim, "spec": vars(SparseSpec()), "max_error": worst}
     print(json.dumps({"benchmark": "attention", **info, "rows": rows}))
     return rows

@@ -130,6 +130,15 @@ def save_checkpoint(
     if model.calibration is not None:
         write_text(temporary / "calibration.json", json.dumps(to_dict(model.calibration), indent=1) + "\n")
     _write_manifest(temporary, _FORMAT, extra)
+    if folder.is_dir() and not (folder / "manifest.json").exists():  # nothing to replace: move in, the manifest last
+        for name in (*CHECKPOINT_FILES, "manifest.json"):
+            if (temporary / name).exists():
+                os.replace(temporary / name, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        _sync_folder(folder)
+        _remove(temporary)
+        return
     if folder.is_dir():
         _link_others(folder, temporary)
     # From here on each state of the disk is read as a whole: folder, else new, else old (see `_existing`).

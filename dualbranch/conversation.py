@@ -43,9 +43,8 @@ class Conversation:
 
     def send(self, text: str, mode: Mode | str = "auto", params: SamplingParams = GREEDY) -> Generation:
         """The reply to `text`, which becomes part of the conversation."""
-        for event in self.stream(text, mode, params):
-            pass
-        return event.generation
+        *_, last = self.stream(text, mode, params)
+        return last.generation
 
     def stream(self, text: str, mode: Mode | str = "auto", params: SamplingParams = GREEDY) -> Iterator[Event]:
         """Events of the reply to `text`, as `generate.stream` gives them.

@@ -32,7 +32,7 @@ Log = Callable[[dict], None]
 
 MARKERS = ("<think>", "</think>")
 #: Slow shares at which routing policies are compared; the default budget is added.
-ROUTING_SHARES = (0.1, 0.2, 0.3, 0.5, 0.7)
+ROUTING_SHARES = (0.1, 0.3, 0.5, 0.7)
 #: Draws of one problem before it may repeat (a small level has few test problems).
 _N_DRAWS = 200
 
@@ -66,7 +66,7 @@ def wilson(n_correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
     p, scale = n_correct / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / scale
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))  # rounding must not leave p outside
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def run_evaluation(
 
     def note(part: str, text: str, **record: float) -> None:
         elapsed = time.perf_counter() - started
-        console.print(f"evaluation {elapsed:4.0f} s  {part}: {text}", highlight=False)
+        console.print(f"evaluation {elapsed:4.0f} s  {part}: {text}", highlight=False, soft_wrap=True)
         if log is not None:
             log({"stage": "evaluation", "step": note.step, "part": part, "seconds": elapsed, **record})
         note.step += 1

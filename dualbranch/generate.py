@@ -194,7 +194,7 @@ def decode(
     """Generates one token for every running sequence per step, and yields those that got one, until all are done.
 
     Mutates the sequences. `cache`, if given, holds the first `n_reused` tokens of each prompt; it is advanced, never shrunk, and
-    after any step holds everything but the token just chosen. Without it one is made, and loses rows as sequences end.
+    holds everything but the token just chosen at each step. Without it one is made, and loses rows as sequences end.
     """
     live = list(sequences)  # live[b] is row b of the cache
     own_cache = cache is None

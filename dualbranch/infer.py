@@ -120,8 +120,8 @@ def run(args: argparse.Namespace) -> int:
     if text is None and args.json:
         raise ValueError("--json needs a prompt; give --prompt TEXT, or pipe text in")
     loaded, name = load_model(args.model, args.device)
-    out = Printer(sys.stdout, args.show_gate)
     if text is None:
+        out = Printer(sys.stdout, args.show_gate)
         return converse(Session(Conversation(loaded, args.system), mode, args.budget, args.thinking_budget), name, params, out)
     messages = [{"role": "user", "content": text}]
     if args.system is not None:
@@ -130,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(as_json(loaded, name, ids, mode, params, args.show_gate), ensure_ascii=False))
         return 0
+    out = Printer(sys.stdout, args.show_gate)
     with contextlib.closing(stream(loaded.model, loaded.tokenizer, ids, mode, params)) as events:
         generation, timing = out.reply(events)
     print(closing_line(generation, timing), file=sys.stderr)

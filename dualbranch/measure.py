@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -61,7 +61,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def measure_speed(cases: Sequence[SpeedCase], text: Tensor, prompt_lengths: Sequence[int] = (64, 256, 512), n_decode: int = 32, repeats: int = 7) -> dict:
+def measure_speed(cases: Sequence[SpeedCase], text: Tensor, prompt_lengths: Sequence[int] = (64, 256, 512), n_decode: int = 32, repeats: int = 5) -> dict:
     """Per case and prompt length: `first_token_ms` (prefill of one prompt up to its last logits), `prefill_tokens_per_s`, and
     `decode_tokens_per_s` of the next `n_decode` tokens, one by one.
 
@@ -143,7 +143,7 @@ def part_of(model: DualBranchModel, name: str) -> str:
 def about(model: DualBranchModel) -> dict:
     """Where and when numbers were made: hardware, versions, threads, date, commit."""
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,

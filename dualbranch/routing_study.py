@@ -2,7 +2,8 @@
 
 On packed held-out rows, teacher-forced, hard routing. What counts is how far the routed model is from its own all-slow run on trace and
 answer tokens: KL(slow || routed). Two yardsticks: random choice, and an oracle that knows each token's KL(slow || fast) of the
-all-fast run (greedy: it ignores what a token's route does to later ones, so it can be beaten). Called by `evaluate.py`.
+all-fast run (greedy: it ignores what a token's route does to later ones, so it can be beaten). "reply oracle" spends nothing on prompt
+tokens, which are not scored; the better of the two at a share is the one a gap is measured to. Called by `evaluate.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualbranch.accounting import token_flops
+from dualbranch.chat import render_prompt
 from dualbranch.data.packing import Rows
 from dualbranch.distill.losses import token_kl
 from dualbranch.model import DualBranchModel
@@ -25,7 +27,6 @@ from dualbranch.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from dualbranch.evaluate import Answer
 
-BASELINES = ("random", "constant", "position")
 #: Rows per forward pass; bounds memory (logits of one chunk), not results.
 CHUNK = 16
 
@@ -33,13 +34,14 @@ CHUNK = 16
 @dataclass(frozen=True)
 class TokenTable:
     """All real tokens of some rows: `where (R, T)` bool, and per real token, in row-major order, `kl (n,)` of the all-fast run against
-    the all-slow one, gate value `g (n,)`, position in its document `position (n,)`, and `document (n,)` ids."""
+    the all-slow one, gate value `g (n,)`, position in its document `position (n,)`, `document (n,)` ids, and `scored (n,)` bool."""
 
     where: Tensor
     kl: Tensor
     g: Tensor
     position: Tensor
     document: Tensor
+    scored: Tensor
 
 
 def chunks(rows: Rows) -> Iterator[slice]:
@@ -60,7 +62,7 @@ def token_table(model: DualBranchModel, rows: Rows, pad_id: int) -> TokenTable:
     column = torch.arange(rows.tokens.shape[1]).expand_as(rows.tokens)
     row = torch.arange(len(rows))[:, None].expand_as(rows.tokens)
     document = (row * rows.tokens.shape[1] + rows.doc_start)[where]
-    return TokenTable(where, torch.cat(kl), torch.cat(g), (column - rows.doc_start)[where], document)
+    return TokenTable(where, torch.cat(kl), torch.cat(g), (column - rows.doc_start)[where], document, (rows.loss_weights > 0)[where])
 
 
 def highest(score: Tensor, n_slow: int, generator: torch.Generator) -> Tensor:
@@ -93,6 +95,7 @@ def policy_routes(table: TokenTable, reference: TokenTable, share: float, seed: 
     routes["position"] = highest(position_score(table, reference), n_slow, generator)
     routes["gate"] = highest(-table.g, n_slow, generator)
     routes["oracle"] = highest(table.kl, n_slow, generator)
+    routes["reply oracle"] = highest(torch.where(table.scored, table.kl, table.kl - table.kl.max()), n_slow, generator)  # then prompt tokens
     return routes
 
 
@@ -138,8 +141,8 @@ def mean_flops(model: DualBranchModel, table: TokenTable, use_slow: Tensor) -> f
 
 
 def gap_closed(kl: Mapping[str, float], policy: str) -> float | None:
-    """Share of the way from random to the oracle that `policy` goes; None where they don't differ."""
-    gap = kl["random"] - kl["oracle"]
+    """Share of the way from random to the better oracle that `policy` goes; None where neither is better than random."""
+    gap = kl["random"] - min(kl["oracle"], kl["reply oracle"])
     return (kl["random"] - kl[policy]) / gap if gap > 0 else None
 
 
@@ -210,7 +213,7 @@ def ablations(model: DualBranchModel, rows: Rows, pad_id: int) -> dict:
         "slow_share": float(route[where].double().mean()),
         **intact,
         "cases": [
-            {"branch": c.branch, "replaced_by": c.replaced_by, **scores[name], "delta_nll": scores[name]["nll"] - intact["nll"], "delta_kl": scores[name]["kl"] - intact["kl"]}
+            {"branch": c.branch, "replaced_by": c.replaced_by, **scores[name], **{f"delta_{k}": scores[name][k] - intact[k] for k in intact}}
             for name, c in cases.items()
         ],
     }
@@ -224,7 +227,7 @@ def gate_examples(model: DualBranchModel, tok: Tokenizer, answers: Sequence[Answ
     """
     examples = []
     for a in answers:
-        ids = render_ids(tok, a)
+        ids = render_prompt(tok, [{"role": "user", "content": a.problem.prompt}]) + a.generation.ids
         out = model(torch.tensor([ids], device=model.device), "auto")
         text = tok.stream(skip_control=False)
         tokens = [
@@ -234,9 +237,3 @@ def gate_examples(model: DualBranchModel, tok: Tokenizer, answers: Sequence[Answ
         p = a.problem
         examples.append({"task": p.task, "level": p.level, "lang": p.lang, "n_prompt": a.generation.n_prompt, "correct": a.correct, "tokens": tokens})
     return examples
-
-
-def render_ids(tok: Tokenizer, a: Answer) -> list[int]:
-    from dualbranch.chat import render_prompt
-
-    return render_prompt(tok, [{"role": "user", "content": a.problem.prompt}]) + a.generation.ids

@@ -135,9 +135,9 @@ class _Converter:
                 return float(value)
         elif to is Path and isinstance(value, (str, Path)):
             return Path(value)
-        elif to is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        elif to in (bool, str, type(None)) and isinstance(value, to):
+        elif (to is int and isinstance(value, int) and not isinstance(value, bool)) or (
+            to in (bool, str, type(None)) and isinstance(value, to)
+        ):
             return value
         elif to not in (bool, int, float, str, Path, type(None)):
             raise TypeError(f"{path}: schema can't read fields of type {to}")
@@ -329,7 +329,7 @@ def _nearby(path: Path) -> str:
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -427,3 +427,12 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data):
         return True
+
+
+def _represent_str(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # PyYAML loses these line separators in every style but this one.
+    style = '"' if set("\x85\u2028\u2029") & set(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_str)

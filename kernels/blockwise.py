@@ -4,7 +4,8 @@ Four ways through, chosen by shape alone:
 - dense: `is_causal` SDPA for a whole prefix, otherwise masked SDPA in chunks of queries;
 - masked: sparse with a mask per KV head, for rows so short that a mask costs less than gathering;
 - gathered: each query gathers the keys it reads; for decode, where reading little is what counts;
-- tiled: prefill of long rows (`_tiled`).
+- by row (`_by_row`): prefill of longer rows. Queries that see few keys use a mask over just those keys; the rest meet
+  only the blocks they read.
 Arguments are checked already. bf16 on a CPU is computed in fp32, which is far faster there.
 """
 
@@ -22,6 +23,9 @@ from kernels.spec import AttentionPlan, SparseSpec
 MASK_ELEMENTS = 1 << 22  # most (T x S) mask entries per row alive at once in a chunk of dense attention
 CACHED_MASK_ELEMENTS = 1 << 26  # masks of a plan are kept for the next layer up to this size
 MASKED_ELEMENTS = 1 << 19  # rows with T * S up to this take the masked way
+TRIMMED_RATIO = 2.5  # in the by-row way, a mask beats turning round until a query sees this many times the keys it reads
+TRIMMED_QUERIES = 128  # queries per mask there: small, so that keys after them are trimmed off
+DENSE_QUERIES = 1024
 GATHERED_QUERIES = 16  # calls with up to this many queries per row gather
 CHUNK_ELEMENTS = 1 << 22  # elements of the largest buffer in the tiled way; 16 MiB fp32, small enough that malloc reuses it
 BAND_TILE = 64
@@ -72,9 +76,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Ten
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """SDPA on token-major tensors; mask (B, 1, T, S)."""
     gqa = q.shape[2] != k.shape[2]
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=is_causal, enable_gqa=gqa
-    )
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
     return out.transpose(1, 2)
 
 
@@ -93,10 +95,7 @@ def _chunks(plan: AttentionPlan) -> list[tuple[int, int, int, int]]:
         bounds = torch.stack(lows + highs).tolist()
         n = len(starts)
         # a chunk of padding alone sees nothing: it gets one (zeroed or visible) key, and its output is set to zero
-        return [
-            (t, min(t + size, T), *((lo, hi + 1) if hi >= 0 else (0, 1)))
-            for t, lo, hi in zip(starts, bounds[:n], bounds[n:], strict=True)
-        ]
+        return [(t, min(t + size, T), *((lo, hi + 1) if hi >= 0 else (0, 1))) for t, lo, hi in zip(starts, bounds[:n], bounds[n:], strict=True)]
 
     return plan.cached("chunks", build)
 
@@ -184,14 +183,12 @@ def _selectable_range(q_pos: Tensor, doc_start: Tensor, spec: SparseSpec) -> tup
 # --- sparse --------------------------------------------------------------------------------------------------------
 
 
-def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor | None = None
-) -> Tensor:
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor | None = None) -> Tensor:
     B, T, H, D = q.shape
     if plan.all_dense(spec.dense_len):
         return dense_attention(q, k, v, plan)
     if T > GATHERED_QUERIES and T * (plan.max_pos + 1) > MASKED_ELEMENTS:
-        return _tiled(q, k, v, plan, spec, pooled)
+        return _by_row(q, k, v, plan, spec, pooled)
     if pooled is None:
         pooled = pool_keys(k.detach(), spec.block_size)
     block_ids = select_blocks(q, pooled, plan, spec)
@@ -262,7 +259,7 @@ def _window_and_sinks(plan: AttentionPlan, spec: SparseSpec) -> tuple[int, Tenso
     return keys.shape[-1], keys.unsqueeze(2), (keep & (q_pos >= 0).expand_as(keep)).unsqueeze(2)
 
 
-# --- tiled ---------------------------------------------------------------------------------------------------------
+# --- by row --------------------------------------------------------------------------------------------------------
 
 
 class _DenseChunk(NamedTuple):
@@ -284,20 +281,31 @@ class _SparseChunk(NamedTuple):
     band_mask: Tensor  # (Tc, L)
 
 
-def _split_rows(plan: AttentionPlan, spec: SparseSpec, row_elements: int) -> list[tuple[list[_SparseChunk], list[_DenseChunk]]]:
-    """Chunks of each row's sparse and dense queries, in order of position. row_elements: G * D."""
+def _split_rows(plan: AttentionPlan, spec: SparseSpec, row_elements: int) -> list[tuple[list[_SparseChunk], list[_DenseChunk], list[_DenseChunk]]]:
+    """Chunks of each row's sparse, trimmed and dense queries, each in order of position. row_elements: G * D."""
     n_read = spec.n_selected_blocks + -(-spec.n_sinks // spec.block_size) + 1
     size = max(BAND_TILE, CHUNK_ELEMENTS // (n_read * row_elements) // BAND_TILE * BAND_TILE)
+    n_keys_read = spec.n_sinks + spec.window + spec.n_selected_blocks * spec.block_size
     rows = []
     for b in range(plan.q_pos.shape[0]):
         q_pos, doc_start = plan.q_pos[b], plan.doc_start[b]
         order = torch.sort(q_pos, stable=True).indices
-        is_dense = (q_pos - doc_start < spec.dense_len)[order]
-        valid = (q_pos >= 0)[order]
-        sparse = [_make_sparse_chunk(i, q_pos, doc_start, spec) for i in order[valid & ~is_dense].split(size) if i.numel()]
-        dense = [_make_dense_chunk(i, q_pos, doc_start) for i in order[valid & is_dense].split(1024) if i.numel()]
-        rows.append((sparse, dense))
+        n_before = (q_pos - doc_start)[order]
+        valid, is_dense, sees_few = (q_pos >= 0)[order], n_before < spec.dense_len, n_before < TRIMMED_RATIO * n_keys_read
+        sparse = [_make_sparse_chunk(i, q_pos, doc_start, spec) for i in _parts(order[valid & ~is_dense & ~sees_few], size)]
+        trimmed = [_make_dense_chunk(i, q_pos, doc_start) for i in _parts(order[valid & ~is_dense & sees_few], TRIMMED_QUERIES)]
+        dense = [_make_dense_chunk(i, q_pos, doc_start) for i in _parts(order[valid & is_dense], DENSE_QUERIES)]
+        rows.append((sparse, trimmed, dense))
     return rows
+
+
+def _parts(index: Tensor, size: int) -> list[Tensor]:
+    return list(index.split(size)) if index.numel() else []
+
+
+def _call(f, *args, use_reentrant: bool) -> Tensor:
+    """Stands in for `checkpoint` where no gradient is wanted."""
+    return f(*args)
 
 
 def _make_dense_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor) -> _DenseChunk:
@@ -314,7 +322,7 @@ def _make_sparse_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor, spec: Sp
         lowest = torch.maximum(pos - spec.window + 1, start).view(-1, tile).amin(1)
         L = int((pos.view(-1, tile).amax(1) - lowest).max()) + 1
         L += -L % spec.block_size
-        if tile == 1 or L <= 2 * spec.window + 2 * BAND_TILE:
+        if tile == 1 or 2 * (spec.window + BAND_TILE) >= L:
             break
         tile //= 2
     keys = lowest[:, None] + torch.arange(L, device=pos.device)  # (n_tiles, L)
@@ -324,20 +332,21 @@ def _make_sparse_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor, spec: Sp
     return _SparseChunk(index, padded, pos, start, (last + 1) // spec.block_size, tile, keys.clamp(max=last), mask.flatten(0, 1))
 
 
-def _tiled(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor | None) -> Tensor:
+def _by_row(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor | None) -> Tensor:
     """Sparse prefill of long rows.
 
-    A row's queries are put in order of position. Those below dense_len are dense. The rest go in chunks, one KV head at
-    a time: the window is a band (tiles of consecutive queries against one range of keys); the sinks' and chosen blocks are
-    turned round, from "the blocks of a query" to "the queries of a block", so that each block meets its queries in one
-    product and nothing larger than a query is ever gathered. One softmax covers both parts.
+    A row's queries are put in order of position. Those below dense_len are dense. The next ones see few more keys than
+    they read: masked SDPA over those keys (`_read_trimmed`). The rest go in chunks, one KV head at a time (`_read_chunk`):
+    the window is a band (tiles of consecutive queries against one range of keys); the sinks' and chosen blocks are turned
+    round, from "the blocks of a query" to "the queries of a block", so that each block meets its queries in one product
+    and nothing larger than a query is ever gathered. One softmax covers both parts.
     """
     dtype = q.dtype
     B, T, H, D = q.shape
     Hk = k.shape[2]
     G = H // Hk
     out = []
-    for b, (sparse, dense) in enumerate(plan.cached(("rows", spec, G, D), lambda: _split_rows(plan, spec, G * D))):
+    for b, (sparse, trimmed, dense) in enumerate(plan.cached(("rows", spec, G, D), lambda: _split_rows(plan, spec, G * D))):
         n_keys = plan.row_max[b] + 1
         if n_keys == 0:
             out.append(_compute(q[b]).new_zeros(T, H, D))
@@ -350,6 +359,14 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpe
             pooled_b = upcast(pooled[b].detach())
         qb = _compute(q[b])
         parts = [_dense_chunk(qb.index_select(0, chunk.index), kb, vb, chunk) for chunk in dense]
+        run = checkpoint if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)) else _call
+        for chunk in trimmed:
+            qc = qb.index_select(0, chunk.index)
+            q_sum = upcast(qc.detach()).view(-1, Hk, G, D).sum(2).transpose(0, 1)  # (Hk, Tc, D)
+            n_blocks = chunk.hi // spec.block_size
+            scores = torch.bmm(q_sum, pooled_b[:n_blocks].permute(1, 2, 0)).transpose(0, 1)
+            ids = _best_blocks(scores[None], chunk.q_pos[None, :, None], chunk.doc_start[None, :, None], spec)[0]
+            parts.append(run(_read_trimmed, qc, kb, vb, ids, chunk, spec, use_reentrant=False))
         if sparse:
             heads = []
             for h in range(Hk):
@@ -359,14 +376,10 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpe
                     qc = qb[:, h * G : (h + 1) * G].index_select(0, chunk.padded_index)  # (Tc, G, D)
                     scores = upcast(qc.detach()).sum(1) @ pooled_h[: chunk.n_blocks].T
                     ids = _best_blocks(scores[None, :, None], chunk.q_pos[None, :, None], chunk.doc_start[None, :, None], spec)[0, :, 0]
-                    args = (qc, kb[h], vb[h], ids, chunk, spec)
-                    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-                        done.append(checkpoint(_read_chunk, *args, use_reentrant=False))
-                    else:
-                        done.append(_read_chunk(*args))
+                    done.append(run(_read_chunk, qc, kb[h], vb[h], ids, chunk, spec, use_reentrant=False))
                 heads.append(torch.cat(done) if len(done) > 1 else done[0])
             parts.append(torch.cat(heads, 1))
-        index = torch.cat([chunk.index for chunk in (*dense, *sparse)])
+        index = torch.cat([chunk.index for chunk in (*dense, *trimmed, *sparse)])
         row = torch.cat(parts) if len(parts) > 1 else parts[0]
         out.append(row.new_zeros(T, H, D).index_copy(0, index, row))
     return torch.stack(out).to(dtype)
@@ -378,6 +391,27 @@ def _dense_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: _DenseChunk) -> Tensor:
     mask = (s <= chunk.q_pos[:, None]) & (s >= chunk.doc_start[:, None])
     k, v = (x[:, chunk.lo : chunk.hi].transpose(0, 1).unsqueeze(0) for x in (k, v))
     return _sdpa(q.unsqueeze(0), k, v, mask[None, None])[0]
+
+
+def _read_trimmed(q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor, chunk: _DenseChunk, spec: SparseSpec) -> Tensor:
+    """Sparse queries q (Tc, H, D) over k, v (Hk, S, D), with a mask over keys [lo, hi) from block_ids (Tc, Hk, M) -> (Tc, H, D)."""
+    Tc, H, D = q.shape
+    Hk, G = k.shape[0], H // k.shape[0]
+    lo, hi, bs = chunk.lo, chunk.hi, spec.block_size
+    s = torch.arange(lo, hi, device=q.device)
+    pos, start = chunk.q_pos[:, None], chunk.doc_start[:, None]
+    visible = (s <= pos) & (s >= start)
+    always = ((s < start + spec.n_sinks) | (s > pos - spec.window)) & visible
+    n_blocks = -(-hi // bs)
+    chosen = torch.zeros(Tc, Hk, n_blocks + 1, dtype=torch.bool, device=q.device)  # the last column takes the -1s
+    chosen.scatter_(-1, torch.where(block_ids < 0, n_blocks, block_ids), True)
+    chosen = chosen[..., :n_blocks].transpose(0, 1).repeat_interleave(bs, -1)[..., lo:hi]
+    mask = ((chosen & visible) | always).unsqueeze(1)
+    # SDPA would turn a bool mask into numbers once per query head; this does it once per KV head
+    mask = q.new_zeros(mask.shape).masked_fill_(~mask, float("-inf")).expand(-1, G, -1, -1)  # (Hk, G, Tc, hi - lo)
+    qg = q.view(Tc, Hk, G, D).permute(1, 2, 0, 3)
+    kg, vg = (x[:, None, lo:hi].expand(-1, G, -1, -1) for x in (k, v))
+    return F.scaled_dot_product_attention(qg, kg, vg, attn_mask=mask).permute(2, 0, 1, 3).reshape(Tc, H, D)
 
 
 def _read_chunk(q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec) -> Tensor:

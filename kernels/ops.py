@@ -3,7 +3,6 @@
 Shapes and rules: docs/architecture.md, "Attention ops". Definition: `reference.py`.
 """
 
-import torch
 from torch import Tensor
 
 from kernels import blockwise, reference
@@ -49,9 +48,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Ten
     return _impl().dense_attention(q, k, v, plan)
 
 
-def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor | None = None
-) -> Tensor:
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor | None = None) -> Tensor:
     """Attention over sinks, window and best blocks; dense for queries below dense_len. Shapes as dense_attention.
 
     pooled (B, N, Hk, D): `pool_keys` of k, kept by the caller (decode then reads only the keys it attends to);

@@ -92,9 +92,7 @@ def sparse_mask(block_ids: Tensor, plan: AttentionPlan, spec: SparseSpec) -> Ten
     return (everywhere.unsqueeze(2) | chosen) & visible_keys(plan).unsqueeze(2)
 
 
-def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor | None = None
-) -> Tensor:
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor | None = None) -> Tensor:
     """Attention over sinks, window and chosen blocks; the choice is not differentiated."""
     pooled = pool_keys(k, spec.block_size) if pooled is None else pooled
     return attend(q, k, v, sparse_mask(select_blocks(q, pooled, plan, spec), plan, spec))

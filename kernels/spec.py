@@ -3,8 +3,9 @@
 The model builds one plan per forward; every layer reuses it and whatever it has cached. No attention happens here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor

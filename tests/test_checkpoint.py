@@ -191,6 +191,30 @@ class Killed(BaseException):
     pass
 
 
+def killed_after(n_allowed, patch, action):
+    """Run `action` and die at its file operation number `n_allowed`; True if it was finished before."""
+    calls = 0
+
+    def guarded(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls > n_allowed:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    with patch.context() as context:
+        for module, name in ((os, "rename"), (os, "replace"), (os, "fsync"), (os, "link"), (shutil, "rmtree")):
+            context.setattr(module, name, guarded(getattr(module, name)))
+        try:
+            action()
+            return True
+        except Killed:
+            return False
+
+
 def test_a_kill_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(tmp_path, tok, monkeypatch):
     old, new, third = make_model(1), make_model(2), make_model(3)
     folder = tmp_path / "student"
@@ -199,26 +223,7 @@ def test_a_kill_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(tmp_p
         shutil.rmtree(folder, ignore_errors=True)
         save_checkpoint(folder, old, tok)
         (folder / "done").write_text("yes")
-        calls = 0
-
-        def guarded(function, n_allowed=n_allowed):
-            def call(*args, **kwargs):
-                nonlocal calls
-                calls += 1
-                if calls > n_allowed:
-                    raise Killed
-                return function(*args, **kwargs)
-
-            return call
-
-        with monkeypatch.context() as patch:
-            for module, name in ((os, "rename"), (os, "replace"), (os, "fsync"), (os, "link"), (shutil, "rmtree")):
-                patch.setattr(module, name, guarded(getattr(module, name)))
-            try:
-                save_checkpoint(folder, new, tok)
-                finished = True
-            except Killed:
-                finished = False
+        finished = killed_after(n_allowed, monkeypatch, lambda: save_checkpoint(folder, new, tok))
         loaded, _ = load_checkpoint(folder)
         is_new = same_weights(loaded, new)
         assert is_new or same_weights(loaded, old), f"killed after {n_allowed} operations"
@@ -230,6 +235,21 @@ def test_a_kill_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(tmp_p
         if finished:
             break
     assert finished and n_allowed > 10 and outcomes == {True, False}
+
+
+def test_a_kill_during_the_first_save_never_moves_the_training_state(tmp_path, tok, monkeypatch):
+    model = make_model(1)
+    folder = tmp_path / "student"
+    for n_allowed in range(1000):
+        shutil.rmtree(folder, ignore_errors=True)
+        save_state(folder / "state", 3, model.state_dict(), {}, {})
+        finished = killed_after(n_allowed, monkeypatch, lambda: save_checkpoint(folder, model, tok))
+        assert load_latest_state(folder / "state").step == 3, f"killed after {n_allowed} operations"
+        if (folder / "manifest.json").exists():
+            assert same_weights(load_checkpoint(folder)[0], model)
+        if finished:
+            break
+    assert finished and n_allowed > 10
 
 
 KILLED_LOOP = """

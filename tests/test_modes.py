@@ -12,7 +12,6 @@ from dualbranch.chat import split_reply
 from dualbranch.modes import MIN_ROOM, MODES, Phase, Rule, ThinkingController, resolve, token_rules
 
 
-
 def play(tok, mode, room: int, seed: int, p_control: float = 0.5, p_think: float | None = 0.7):
     """A reply by an adversary that prefers control tokens and blank text. Returns `(ids, controller)`."""
     rng, rules = random.Random(seed), token_rules(tok, tok.vocab_size)

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -60,7 +62,7 @@ def test_no_target_crosses_documents_and_weights_are_preserved(packing):
         assert getattr(rows, name).shape == (len(rows), seq_len), name
     assert rows.tokens.dtype == rows.targets.dtype == rows.doc_start.dtype == torch.int64
     assert rows.loss_weights.dtype == torch.float32
-    following = {a: b for ids, _ in examples for a, b in zip(ids, ids[1:], strict=False)}
+    following = {a: b for ids, _ in examples for a, b in pairwise(ids)}
     for token, target, weight in zip(
         rows.tokens.flatten().tolist(), rows.targets.flatten().tolist(), rows.loss_weights.flatten().tolist(), strict=True
     ):

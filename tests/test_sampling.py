@@ -50,7 +50,7 @@ def test_filtered_distribution_equals_brute_force(logits, temperature, top_k, to
 @settings(deadline=None)
 @given(logits=logit_rows, top_k=st.integers(0, 5), top_p=st.floats(0.01, 1.0), min_p=st.floats(0.0, 1.0), seed=st.integers(0, 2**63 - 1))
 def test_sampled_token_passes_every_filter_and_is_never_banned(logits, top_k, top_p, min_p, seed):
-    banned = torch.tensor([logits + [float("-inf")]]).roll(1, -1)  # id 0 is forbidden
+    banned = torch.tensor([[*logits, float("-inf")]]).roll(1, -1)  # id 0 is forbidden
     params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     token = int(sample(banned, params, torch.Generator().manual_seed(seed)))
     probs, ids = filtered_probs(banned, params)

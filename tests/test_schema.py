@@ -190,9 +190,9 @@ def test_a_missing_file_names_what_exists(tmp_path):
         load_yaml(tmp_path / "smal.yaml", Config)
     message = str(error.value).replace(str(tmp_path), "DIR")
     assert message == "DIR/smal.yaml: no such file; did you mean DIR/small.yaml?; DIR has large.yaml, small.yaml"
-    with pytest.raises(ConfigError, match="no such file.*has large.yaml, small.yaml"):
+    with pytest.raises(ConfigError, match=r"no such file.*has large.yaml, small.yaml"):
         load_yaml(tmp_path / "absent" / "deeper" / "x.yaml", Config)
-    with pytest.raises(ConfigError, match="is a folder.*large.yaml"):
+    with pytest.raises(ConfigError, match=r"is a folder.*large.yaml"):
         load_yaml(tmp_path, Config)
 
 
@@ -245,7 +245,7 @@ def test_to_dict_and_from_dict_are_inverse_for_the_model_config():
     assert from_dict(DualBranchConfig, to_dict(config)) == config
     with pytest.raises(ConfigError, match="n_layers is 1000000000"):
         from_dict(DualBranchConfig, {"n_layers": 10**9})
-    with pytest.raises(ConfigError, match="unknown setting windw, did you mean sparse.window"):
+    with pytest.raises(ConfigError, match=r"unknown setting windw, did you mean sparse.window"):
         from_dict(DualBranchConfig, {"windw": 3})
 
 

@@ -17,12 +17,21 @@ def whole(S, B=1):
     return AttentionPlan(torch.arange(S).expand(B, -1), S)
 
 
-@pytest.fixture(params=["masked", "tiled"])
+WAYS = {"masked": (1 << 40, 0), "trimmed": (0, 1 << 40), "turned round": (0, 0), "both": (0, 1)}  # MASKED_ELEMENTS, TRIMMED_RATIO
+
+
+@pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    """Both ways of more than a few queries, whatever the size of the test."""
-    monkeypatch.setattr("kernels.blockwise.MASKED_ELEMENTS", 1 << 40 if request.param == "masked" else 0)
+    """Every way of more than a few queries, whatever the size of the test."""
+    set_way(monkeypatch, request.param)
     monkeypatch.setattr("kernels.blockwise.CHUNK_ELEMENTS", 4096)  # several chunks
     return request.param
+
+
+def set_way(monkeypatch, name):
+    monkeypatch.setattr("kernels.blockwise.MASKED_ELEMENTS", WAYS[name][0])
+    monkeypatch.setattr("kernels.blockwise.TRIMMED_RATIO", WAYS[name][1])
+    monkeypatch.setattr("kernels.blockwise.TRIMMED_QUERIES", 32)
 
 
 def keys_by_loops(q, k, plan, spec):
@@ -74,11 +83,9 @@ def test_reference_matches_a_definition_by_loops(spec):
                 assert_same(out[b, t, h], expected, 1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_fast_path_matches_reference_in_values_and_gradients(data):
-    from kernels import blockwise
-
     H, Hk = data.draw(st.sampled_from(GQA))
     B, S = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 120))
     T = data.draw(st.integers(1, 120))
@@ -93,15 +100,13 @@ def test_fast_path_matches_reference_in_values_and_gradients(data):
     q, k, v = make(B, T, S, H, Hk, 8)
     theirs = values_and_grads(lambda *x: reference.sparse_attention(*x, plan, spec), q, k, v)
     assert torch.equal(select_blocks(q, pool_keys(k, bs), plan, spec), reference.select_blocks(q, pool_keys(k, bs), plan, spec))
-    saved = blockwise.MASKED_ELEMENTS
-    try:
-        for blockwise.MASKED_ELEMENTS in (0, 1 << 40):
-            plan._cache.clear()
-            ours = values_and_grads(lambda *x: sparse_attention(*x, plan, spec), q, k, v)
-            for a, b in zip(ours, theirs, strict=True):
-                assert_same(a, b, 1e-4)
-    finally:
-        blockwise.MASKED_ELEMENTS = saved
+    for name in WAYS:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            set_way(monkeypatch, name)
+            # a new plan: its cache holds the chunks of one way
+            ours = values_and_grads(lambda *x: sparse_attention(*x, AttentionPlan(pos, S, start), spec), q, k, v)
+        for a, b in zip(ours, theirs, strict=True):
+            assert_same(a, b, 1e-4)
 
 
 def test_reference_passes_fp64_gradcheck():

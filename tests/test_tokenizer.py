@@ -165,7 +165,7 @@ def test_a_sentencepiece_model_without_our_control_tokens_is_refused(tmp_path):
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "other"), vocab_size=100, minloglevel=2
     )
-    with pytest.raises(ValueError, match="not one of dualbranch.*<pad>"):
+    with pytest.raises(ValueError, match=r"not one of dualbranch.*<pad>"):
         Tokenizer.load(tmp_path / "other.model")
 
 

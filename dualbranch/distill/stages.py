@@ -104,9 +104,9 @@ def assess(model: DualBranchModel, tok: Tokenizer, data: BatchSource, n: int, pa
     """Answers the first `n` training problems without reasoning and writes which were wrong: `[needs_thinking, ...]`. Collective."""
     problems = [data.assessed_problem(i) for i in range(n)]
     wrong = [not ok for ok in direct_answers(model, tok, problems)]
-    log({"stage": "assess", "step": 0, "n_problems": n, "needs_thinking": sum(wrong) / max(1, n)})
     if dist.rank() == 0:
         write_text(path, json.dumps(wrong))
+    log({"stage": "assess", "step": 0, "n_problems": n, "needs_thinking": sum(wrong) / max(1, n)})
 
 
 def direct_answers(model: DualBranchModel, tok: Tokenizer, problems: list[Problem]) -> list[bool]:

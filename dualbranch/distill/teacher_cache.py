@@ -10,11 +10,9 @@ import hashlib
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dualbranch.checkpoint import save_tensors
+from dualbranch.checkpoint import CheckpointError, load_tensors, save_tensors
 from dualbranch.data.packing import Rows
 from dualbranch.distill import dist
 from dualbranch.distill.losses import top_k_distill_loss, top_k_targets
@@ -46,9 +44,9 @@ class TeacherCache:
         path = self.folder / f"{batch:06d}-{dist.rank()}-{row_key}.safetensors"
         if path.exists():
             try:
-                stored = load_file(path)
+                stored = load_tensors(path)
                 return stored["ids"].long(), stored["log_p"].float()
-            except (SafetensorError, KeyError):
+            except (CheckpointError, KeyError):
                 path.unlink()  # damaged: compute it again
         self.n_computed += 1
         with torch.no_grad():

@@ -1,0 +1,280 @@
+"""The exactness a dual-branch model promises (DESIGN 5), on random weights in fp32."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualbranch import DualBranchConfig, DualBranchModel
+from dualbranch.cache import CacheFull
+from dualbranch.gate import Calibration
+from kernels import SparseSpec
+
+SPARSE = SparseSpec(block_size=4, n_selected_blocks=2, window=8, n_sinks=2, dense_len=12)
+CONFIG = DualBranchConfig(vocab_size=96, d_model=48, n_layers=5, n_stem=1, n_tail=1, n_heads=6, n_kv_heads=3, head_dim=8, d_ff=64, fast_n_heads=3, fast_d_ff=16, d_gate=4, max_seq_len=128, sparse=SPARSE)
+ROUTES = ("slow", "fast", "auto", "mixed")
+
+
+def build(config: DualBranchConfig = CONFIG, seed: int = 0) -> DualBranchModel:
+    model = DualBranchModel(config).eval()
+    model.init_weights(seed)
+    with torch.no_grad():  # the initial gate hardly varies; make its decisions differ from token to token
+        model.gate.w_in.weight.normal_(generator=torch.Generator().manual_seed(seed)).mul_(2)
+    return model
+
+
+def tokens(n_rows: int, n: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 96, (n_rows, n), generator=torch.Generator().manual_seed(seed))
+
+
+def route_of(name: str, t: torch.Tensor):
+    return torch.rand(t.shape, generator=torch.Generator().manual_seed(2)) < 0.5 if name == "mixed" else name
+
+
+def columns(route, start: int, end: int):
+    return route if isinstance(route, str) else route[:, start:end]
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+
+
+MODEL = build()
+
+
+def middle_gap(g: torch.Tensor) -> float:
+    """A threshold that splits `g` roughly in half and lies in the widest gap there: no decision hangs on a rounding error."""
+    middle = g.detach().flatten().sort().values[g.numel() // 3 : 2 * g.numel() // 3]
+    i = int(middle.diff().argmax())
+    return float((middle[i] + middle[i + 1]) / 2)
+
+
+THRESHOLD = middle_gap(MODEL(tokens(2, 45), "auto", threshold=0.5).g)
+
+
+@pytest.mark.parametrize("side", [0.0, 1.0])
+def test_soft_at_zero_and_one_equals_the_hard_route_exactly(side):
+    t = tokens(2, 30)
+    model = build()
+    with torch.no_grad():
+        model.gate.w_out.weight.zero_()
+        model.gate.w_out.bias.fill_(-200.0 if side else 200.0)  # need of -200 gives g = 1
+        assert torch.equal(model(t, "soft").g, torch.full((2, 30), side))
+        assert torch.equal(model(t, "soft").logits, model(t, "fast" if side else "slow").logits)
+
+
+def test_swapping_the_branches_changes_the_output():
+    t = tokens(1, 20)
+    assert (MODEL(t, "slow").logits - MODEL(t, "fast").logits).abs().max() > 0.1
+
+
+def test_fast_with_all_heads_and_blocks_and_equal_weights_is_slow():
+    wide = dataclasses.replace(CONFIG, fast_n_heads=6, fast_d_ff=64, sparse=dataclasses.replace(SPARSE, n_selected_blocks=64))
+    model = build(wide)
+    for i in wide.dual_layers:
+        model.blocks[i].fast.load_state_dict(model.blocks[i].slow.state_dict())
+    t = tokens(2, 60)
+    close(model(t, "fast").logits, model(t, "slow").logits)
+
+
+@pytest.mark.parametrize("name", ROUTES)
+@torch.no_grad()
+def test_prefill_equals_chunked_equals_token_by_token(name):
+    t = tokens(2, 45)
+    route = route_of(name, t)
+    whole = MODEL(t, route, threshold=THRESHOLD)
+    for chunk in (1, 4, 7, 13):
+        cache, parts = MODEL.new_cache(2, 45), []
+        for i in range(0, 45, chunk):
+            parts.append(MODEL(t[:, i : i + chunk], columns(route, i, i + chunk), cache=cache, threshold=THRESHOLD))
+        close(torch.cat([p.logits for p in parts], 1), whole.logits)
+        if name == "auto":
+            assert torch.equal(torch.cat([p.use_slow for p in parts], 1), whole.use_slow)
+            assert 0 < whole.use_slow.float().mean() < 1
+
+
+@pytest.mark.parametrize("name", ROUTES)
+@settings(max_examples=12, deadline=None)
+@given(lengths=st.lists(st.integers(1, 33), min_size=1, max_size=4), more=st.integers(1, 6))
+@torch.no_grad()
+def test_padded_batch_equals_each_sequence_alone(name, lengths, more):
+    width = max(lengths)
+    t = tokens(len(lengths), width + more, seed=sum(lengths))
+    route, n = route_of(name, t), torch.tensor(lengths)
+    cache = MODEL.new_cache(len(lengths), width + more)
+    first = MODEL(t[:, :width], columns(route, 0, width), cache=cache, lengths=n, threshold=THRESHOLD)
+    second = MODEL(t[:, width:], columns(route, width, width + more), cache=cache, threshold=THRESHOLD)
+    assert cache.n_cached.tolist() == [x + more for x in lengths]
+    for b, length in enumerate(lengths):
+        alone = torch.cat([t[b : b + 1, :length], t[b : b + 1, width:]], 1)
+        r = route if isinstance(route, str) else torch.cat([route[b : b + 1, :length], route[b : b + 1, width:]], 1)
+        expected = MODEL(alone, r, threshold=THRESHOLD).logits[0]
+        close(first.logits[b, :length], expected[:length])
+        close(second.logits[b], expected[length:])
+
+
+@pytest.mark.parametrize("name", ["slow", "fast", "auto", "soft"])
+@torch.no_grad()
+def test_no_future_token_changes_a_past_logit_or_gate_decision(name):
+    t = tokens(1, 40)
+    changed = t.clone()
+    changed[:, 25:] = (changed[:, 25:] + 7) % 96
+    a, b = MODEL(t, name, threshold=THRESHOLD), MODEL(changed, name, threshold=THRESHOLD)
+    close(a.logits[:, :25], b.logits[:, :25])
+    assert (a.logits[:, 25:] - b.logits[:, 25:]).abs().max() > 1e-3
+    if a.g is not None:
+        close(a.g[:, :25], b.g[:, :25])
+
+
+@torch.no_grad()
+def test_budget_zero_is_all_fast_and_one_is_all_slow():
+    model, t = build(), tokens(2, 30)
+    model.calibration = Calibration.measure(model(t, "auto", threshold=0.5).g)
+    assert torch.equal(model(t, "auto", budget=0.0).logits, model(t, "fast").logits)
+    assert torch.equal(model(t, "auto", budget=1.0).logits, model(t, "slow").logits)
+    shares = [float(model(t, "auto", budget=b).use_slow.float().mean()) for b in (0.1, 0.3, 0.5, 0.9)]
+    assert shares == pytest.approx([0.1, 0.3, 0.5, 0.9], abs=0.06), shares
+
+
+@torch.no_grad()
+def test_a_hard_routed_token_pays_for_one_branch_only():
+    t, seen = tokens(2, 20), {"slow": 0, "fast": 0}
+    block = MODEL.blocks[2]
+    hooks = [getattr(block, n).register_forward_hook(lambda _m, args, _o, n=n: seen.__setitem__(n, seen[n] + len(args[0]))) for n in seen]
+    out = MODEL(t, "auto", threshold=THRESHOLD)
+    for h in hooks:
+        h.remove()
+    assert seen == {"slow": int(out.use_slow.sum()), "fast": 40 - int(out.use_slow.sum())}
+
+
+@torch.no_grad()
+def test_packed_documents_see_only_themselves():
+    a, b = tokens(1, 16, 3), tokens(1, 21, 4)
+    row = torch.cat([a, b], 1)
+    start = torch.tensor([[0] * 16 + [16] * 21])
+    for name in ("slow", "fast", "auto", "soft"):
+        packed = MODEL(row, name, doc_start=start, threshold=THRESHOLD).logits
+        close(packed[:, :16], MODEL(a, name, threshold=THRESHOLD).logits)
+        close(packed[:, 16:], MODEL(b, name, threshold=THRESHOLD).logits)
+
+
+@torch.no_grad()
+def test_every_token_is_in_the_cache_whichever_branch_computed_it():
+    t = tokens(1, 24)
+    cache = MODEL.new_cache(1, 32)
+    out = MODEL(t, route_of("mixed", t), cache=cache)
+    assert all((k[0, :24].abs().sum((1, 2)) > 0).all() for k in cache.k)
+    assert torch.equal(cache.from_slow[0, :24], out.use_slow[0])
+
+
+@torch.no_grad()
+def test_stale_slots_and_pooled_keys_cannot_leak():
+    t = tokens(1, 40)
+    clean, dirty = MODEL.new_cache(1, 64), MODEL.new_cache(1, 64)
+    for store in (*dirty.k, *dirty.v, *dirty.pooled.values()):
+        store.fill_(float("nan"))
+    for route in ("fast", "slow"):
+        close(MODEL(t, route, cache=clean).logits, MODEL(t, route, cache=dirty).logits)
+        for c in (clean, dirty):
+            c.truncate(17)
+        close(MODEL(t[:, :9], route, cache=clean).logits, MODEL(t[:, :9], route, cache=dirty).logits)
+        for c in (clean, dirty):
+            c.truncate(0)
+
+
+@torch.no_grad()
+def test_pooled_keys_are_updated_once_per_completed_block(monkeypatch):
+    from dualbranch import cache as cache_module
+
+    completed = []
+    original = cache_module.CacheWriter.__init__
+    monkeypatch.setattr(cache_module.CacheWriter, "__init__", lambda self, *a: (original(self, *a), completed.extend(map(tuple, self.completed.tolist())))[0])
+    cache = MODEL.new_cache(1, 64)
+    MODEL(tokens(1, 10), "fast", cache=cache)
+    for i in range(23):
+        MODEL(tokens(1, 1, i), "fast", cache=cache)
+    assert completed == [(0, n) for n in range(33 // 4)]
+
+
+@torch.no_grad()
+def test_truncate_then_replay_equals_a_cold_run():
+    t = tokens(1, 40)
+    cache = MODEL.new_cache(1, 64)
+    MODEL(t, "fast", cache=cache)
+    cache.truncate(11)
+    close(MODEL(t[:, 11:], "fast", cache=cache).logits, MODEL(t, "fast").logits[:, 11:])
+
+
+def test_gradients_reach_every_parameter_in_soft_mode():
+    model = build()
+    model(tokens(2, 30), "soft").logits.square().mean().backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert missing == []
+
+
+@settings(max_examples=15, deadline=None)
+@given(group=st.sampled_from([1, 2, 3, 4, 7, 8]), n_kv=st.integers(1, 3), stem=st.integers(1, 3), tail=st.integers(0, 1), tie=st.booleans(), qk=st.booleans(), bias=st.booleans(), act=st.sampled_from(["swiglu", "geglu"]))
+def test_accounting_counts_the_parameters_of_any_shape(group, n_kv, stem, tail, tie, qk, bias, act):
+    from dualbranch.accounting import total_params
+
+    c = dataclasses.replace(CONFIG, n_heads=group * n_kv, n_kv_heads=n_kv, fast_n_heads=n_kv, n_stem=stem, n_tail=tail, tie_embeddings=tie, qk_norm=qk, qkv_bias=bias, activation=act)
+    model = DualBranchModel(c)
+    assert total_params(c) == sum(p.numel() for p in model.parameters())
+    assert model(tokens(1, 9), "fast").logits.isfinite().all()
+
+
+def test_accounted_flops_equal_those_of_the_executed_matrices():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from dualbranch.accounting import layer_flops
+
+    t = tokens(1, 10)
+    for route, slow in (("slow", True), ("fast", False)):
+        with FlopCounterMode(display=False) as counter:
+            MODEL(t, route)
+        linear = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+        c = CONFIG
+        attention = {True: 4 * c.n_heads * c.head_dim, False: 4 * c.fast_n_heads * c.head_dim}
+        per_token = sum(layer_flops(c, s, 0) - attention[s] for s in [True, slow, slow, slow, True]) + 2 * c.vocab_size * c.d_model
+        assert linear == 10 * per_token
+
+
+def test_the_gate_costs_under_one_percent_of_a_layer():
+    from dualbranch.accounting import gate_params, layer_flops
+
+    c = DualBranchConfig(d_model=1024, n_heads=16, n_kv_heads=4, head_dim=64, d_ff=3072, fast_n_heads=8, fast_d_ff=384, d_gate=64)
+    assert 2 * gate_params(c) < 0.01 * layer_flops(c, True, 0)
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_rope_scaling_keeps_short_wavelengths_and_stretches_long_ones(kind):
+    from dualbranch import RopeScaling
+    from dualbranch.layers import rope_frequencies
+
+    plain, _ = rope_frequencies(64, 10_000.0, RopeScaling())
+    scaled, amplitude = rope_frequencies(64, 10_000.0, RopeScaling(kind=kind, factor=8.0, original_max_seq_len=2048))
+    assert float(scaled[-1] / plain[-1]) == pytest.approx(1 / 8, rel=1e-9)
+    assert float(scaled[0] / plain[0]) == pytest.approx(1 / 8 if kind == "linear" else 1, rel=1e-9)
+    assert amplitude == pytest.approx(1.2079 if kind == "yarn" else 1.0, abs=1e-4)
+
+
+def test_user_errors_name_what_to_change():
+    t = tokens(1, 5)
+    with pytest.raises(ValueError, match="unknown route 'turbo'.*slow, fast, auto, soft"):
+        MODEL(t, "turbo")
+    with pytest.raises(ValueError, match="calibrated gate"):
+        build()(t, "auto")
+    with pytest.raises(ValueError, match=r"budget is 1.5.*\[0, 1\]"):
+        Calibration((0.5,), (0.5,)).threshold(1.5)
+    with pytest.raises(ValueError, match="129 tokens exceed max_seq_len = 128"):
+        MODEL(tokens(1, 129))
+    with pytest.raises(CacheFull, match="holds 8 tokens and 9 are needed"):
+        MODEL(tokens(1, 9), cache=MODEL.new_cache(1, 8))
+    with pytest.raises(ValueError, match="T >= 1"):
+        MODEL(tokens(1, 0))
+    with pytest.raises(ValueError, match="n_heads.*multiple of n_kv_heads"):
+        dataclasses.replace(CONFIG, n_heads=4)

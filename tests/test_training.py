@@ -1,0 +1,247 @@
+"""The training loop's promises: same gradient for any split, same run after any interruption, nothing lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dualbranch.checkpoint import load_checkpoint
+from dualbranch.distill import pipeline, stages, trainer
+from dualbranch.distill.config import OptimConfig, RunConfig
+from dualbranch.distill.main import main
+from dualbranch.distill.optim import lr_factor, orthogonalize
+from dualbranch.distill.sources import BatchSource
+from dualbranch.distill.teacher_cache import TeacherCache
+from dualbranch.model import DualBranchModel
+from dualbranch.schema import load_yaml
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "configs" / "tiny.yaml"
+SMALLER = ["data.batch_rows=4", "tokenizer.n_problems=400", "tokenizer.vocab_size=700", "teacher.steps=6", "teacher.n_assess=4", "student.steps=4", "student.refit_rows=4", "gate.rows=4", "gate.steps=5", "gate.calibration_rows=4", "evaluation.dense_baseline=false", "save_every=2"]
+
+
+def config(tmp_path: Path, *overrides: str) -> RunConfig:
+    return load_yaml(TINY, RunConfig, [*SMALLER, f"out={tmp_path}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A tiny run up to its gate, uninterrupted; read only."""
+    folder = tmp_path_factory.mktemp("finished")
+    run_to_gate(config(folder))
+    return folder / "tiny"
+
+
+def run_to_gate(c: RunConfig, resume: bool = False) -> None:
+    """The pipeline without its evaluation, which has tests of its own."""
+    folder = pipeline.open_run(c, resume)
+    log = trainer.MetricsLog(folder / "metrics.jsonl")
+    teacher, tok = pipeline.make_teacher(c, folder, log)
+    sized = dataclasses.replace(c.model, vocab_size=tok.vocab_size)
+    student = pipeline.make_student(c, sized, folder / "student", "student", teacher, tok, log)
+    pipeline.make_gate(c, student, folder / "gate", tok, log)
+
+
+def trace(run: Path) -> list[tuple]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["stage"], r["step"], r.get("loss"), r.get("grad_norm"), r.get("needs_thinking")) for r in records]
+
+
+def test_every_stage_leaves_a_checkpoint_and_a_metrics_line_per_step(finished):
+    counts = {}
+    for name, *_ in trace(finished):
+        counts[name] = counts.get(name, 0) + 1
+    assert counts == {"teacher": 6, "assess": 1, "student": 4, "gate": 5}
+    for name in ("teacher", "student", "gate"):
+        assert (finished / name / "done").exists()
+    model, _ = load_checkpoint(finished / "gate")
+    assert model.calibration is not None
+
+
+def test_frozen_slow_branch_is_the_teacher_bit_for_bit(finished):
+    teacher, _ = load_checkpoint(finished / "teacher")
+    student, tok = load_checkpoint(finished / "gate")
+    t = torch.randint(5, tok.vocab_size, (2, 50))
+    assert torch.equal(student(t, "slow").logits, teacher(t).logits)
+    assert not torch.equal(student(t, "fast").logits, teacher(t).logits)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 5, 6, 8])
+def test_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_path, monkeypatch, stop_after):
+    """The kill comes after the optimizer moved and before the state is written: everything since the last state is lost."""
+
+    class Killed(BaseException):
+        pass
+
+    real, count = trainer.MetricsLog.__call__, [0]
+
+    def dying(self, record):
+        real(self, record)
+        count[0] += 1
+        if count[0] == stop_after:
+            with self.path.open("a") as f:
+                f.write('{"half a li')
+            raise Killed
+
+    monkeypatch.setattr(trainer.MetricsLog, "__call__", dying)
+    with pytest.raises(Killed):
+        run_to_gate(config(tmp_path))
+    monkeypatch.setattr(trainer.MetricsLog, "__call__", real)
+    run_to_gate(config(tmp_path), resume=True)
+    assert trace(tmp_path / "tiny") == trace(finished)
+    for name in ("teacher", "student", "gate"):
+        a, b = (load_checkpoint(f / name)[0].state_dict() for f in (finished, tmp_path / "tiny"))
+        assert all(torch.equal(a[k], b[k]) for k in a), name
+
+
+def test_kill_dash_nine_then_resume_finishes_with_the_same_losses(finished, tmp_path):
+    arguments = [sys.executable, "train.py", str(TINY), "--resume"] + [x for o in [*SMALLER, f"out={tmp_path}", "until=teacher"] for x in ("--set", o)]
+    process = subprocess.Popen(arguments, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    state = tmp_path / "tiny" / "teacher" / "state" / "step-00000002"
+    for _ in range(1200):
+        if state.exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert main(arguments[2:]) == 0
+    assert [r for r in trace(tmp_path / "tiny")] == [r for r in trace(finished) if r[0] in ("teacher", "assess")]
+
+
+def test_ctrl_c_saves_and_says_how_to_continue(finished, tmp_path, monkeypatch, capsys):
+    real, count = stages.hard_loss, [0]
+
+    def interrupting(*a):
+        count[0] += 1
+        if count[0] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*a)
+
+    monkeypatch.setattr(stages, "hard_loss", interrupting)
+    arguments = [str(TINY)] + [x for o in [*SMALLER, f"out={tmp_path}", "until=teacher"] for x in ("--set", o)]
+    assert main(arguments) == 130
+    assert "stopped in stage teacher after step 3 of 6; the same command with --resume continues" in capsys.readouterr().err
+    assert main(arguments) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    assert trace(tmp_path / "tiny") == [r for r in trace(finished) if r[0] in ("teacher", "assess")]
+
+
+def test_non_finite_loss_stops_and_names_the_last_good_state(tmp_path, monkeypatch, capsys):
+    real, count = stages.hard_loss, [0]
+
+    def exploding(*a):
+        count[0] += 1
+        return real(*a) * (float("nan") if count[0] == 4 else 1.0)
+
+    monkeypatch.setattr(stages, "hard_loss", exploding)
+    arguments = [str(TINY)] + [x for o in [*SMALLER, f"out={tmp_path}", "until=teacher"] for x in ("--set", o)]
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "the loss is nan at step 3" in message and "teacher/state" in message and "optim.lr" in message
+    assert (tmp_path / "tiny" / "teacher" / "state" / "step-00000002").exists()
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_gradient_does_not_depend_on_the_micro_batch_split(parts, finished):
+    gradients = []
+    for n in (1, parts):
+        model, tok = load_checkpoint(finished / "teacher")
+        c = load_yaml(finished / "config.yaml", RunConfig)
+        data = BatchSource(c.data, tok, 0, c.model.sparse.block_size)
+
+        def loss(rows, step, model=model):
+            logits = model(rows.tokens, doc_start=rows.doc_start).logits
+            return {"hard": stages.hard_loss(logits.flatten(0, 1), rows.targets.flatten(), rows.loss_weights.flatten())}
+
+        loop = trainer.Loop("x", finished, 1, OptimConfig(micro_batches=n), 1, data.batch, loss, print)
+        trainer.gradient_step(model, loop, data.batch(0), 0)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+    assert gradients[0].abs().max() > 1e-3
+
+
+def test_teacher_cache_runs_the_teacher_once_per_batch_and_forgets_another_teacher(finished, tmp_path):
+    model, tok = load_checkpoint(finished / "teacher")
+    c = load_yaml(finished / "config.yaml", RunConfig)
+    data = BatchSource(c.data, tok, 0, c.model.sparse.block_size)
+    cache = TeacherCache(tmp_path, 16, model)
+    rows = [data.batch(i) for i in (0, 1)]
+    logits = model(rows[0].tokens, doc_start=rows[0].doc_start).logits.flatten(0, 1).detach()
+    first = float(cache.loss(0, rows[0], logits))
+    cache.loss(1, rows[1], logits)
+    again = TeacherCache(tmp_path, 16, model)
+    assert float(again.loss(0, rows[0], logits)) == first
+    assert (cache.n_computed, again.n_computed) == (2, 0)
+    assert abs(first) / float(rows[0].loss_weights.sum()) < 1e-3  # student equals teacher, targets are stored in half precision
+    with torch.no_grad():
+        model.norm.weight.mul_(1.5)
+    assert TeacherCache(tmp_path, 16, model).folder != cache.folder
+    next(cache.folder.iterdir()).write_bytes(b"damaged")
+    for i in (0, 1):
+        cache.loss(i, rows[i], logits)
+    assert cache.n_computed == 3
+
+
+def test_a_run_with_cached_logits_trains(finished, tmp_path):
+    run_to_gate(config(tmp_path, "student.cache_logits=8", "student.distinct_batches=2"))
+    losses = [r[2] for r in trace(tmp_path / "tiny") if r[0] == "student"]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("init", ["scratch", "smaller"])
+def test_other_student_inits_train_all_of_the_student(finished, tmp_path, init):
+    overrides = ["student.init=" + init] + (["model.d_ff=96"] if init == "smaller" else [])
+    c = config(tmp_path, *overrides)
+    teacher, tok = load_checkpoint(finished / "teacher")
+    sized = dataclasses.replace(c.model, vocab_size=tok.vocab_size)
+    log = trainer.MetricsLog(tmp_path / "metrics.jsonl")
+    student = pipeline.make_student(c, sized, tmp_path / "student", "student", teacher, tok, log)
+    fresh = DualBranchModel(sized)
+    fresh.init_weights(c.seed + 1)
+    moved = {n for n, p in student.named_parameters() if not torch.equal(p, fresh.get_parameter(n))}
+    assert any(".slow." in n for n in moved) and any(".fast." in n for n in moved)
+
+
+def test_resuming_with_another_config_is_refused_naming_the_difference(finished, capsys):
+    arguments = [str(TINY), "--resume"] + [x for o in [*SMALLER, f"out={finished.parent}", "student.steps=9"] for x in ("--set", o)]
+    assert main(arguments) == 2
+    assert "student.steps: 4 -> 9" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_reported_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([str(TINY), "--set", f"out={tmp_path}/file"]) == 2
+    assert "cannot write to the run folder" in capsys.readouterr().err
+
+
+def test_config_mistakes_are_one_line_errors(tmp_path, capsys):
+    assert main(["configs/none.yaml"]) == 2
+    assert main([str(TINY), "--set", "student.stepz=3"]) == 2
+    assert "steps" in capsys.readouterr().err
+    assert main([str(TINY), "--set", f"out={tmp_path}", "--set", "data.tasks=[juggling]", "--set", "until=teacher", "--set", "tokenizer.n_problems=200"]) == 2
+    assert "juggling" in capsys.readouterr().err
+    assert main([str(TINY), "--set", f"out={tmp_path}/b", "--set", "teacher.checkpoint=nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_orthogonalize_brings_singular_values_near_one():
+    x = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(0))
+    s = torch.linalg.svdvals(orthogonalize(x))
+    assert 0.5 < s.min() and s.max() < 1.4
+    torch.testing.assert_close(orthogonalize(x.mT), orthogonalize(x).mT)
+
+
+def test_learning_rate_warms_up_holds_and_decays():
+    c = OptimConfig(warmup=0.1, decay=0.5)
+    factors = [lr_factor(i, 100, c) for i in range(100)]
+    assert factors[0] == pytest.approx(0.1) and max(factors) == 1.0 and factors[40] == 1.0 and 0 < factors[-1] <= 0.021
