@@ -41,6 +41,7 @@ lint: $(STAMP)
 
 teacher: $(STAMP)
 	$(PY) train.py configs/small-teacher.yaml --resume
+	$(PY) -m dualbranch.distill.publish runs/small-teacher/teacher pretrained/small-teacher
 
 install: $(STAMP)
 

@@ -18,7 +18,7 @@ from dualbranch.cache import KVCache, NoCache
 from dualbranch.config import DualBranchConfig
 from dualbranch.gate import Calibration, GatingController
 from dualbranch.layers import Rope
-from dualbranch.routing import Grid, Partition
+from dualbranch.routing import Grid, Partition, TokenGroup
 
 ROUTES = ("slow", "fast", "auto", "soft")
 
@@ -156,7 +156,9 @@ class DualBranchModel(nn.Module):
             q_pos = torch.where(t < n_new.to(device)[:, None], q_pos, -1)
         return Grid(q_pos, doc_start, n_keys, cos, sin), keys, n_new
 
-    def _decide(self, x: Tensor, route: str | Tensor, budget: float | None, threshold: float | None, shape: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+    def _decide(
+        self, x: Tensor, route: str | Tensor, budget: float | None, threshold: float | None, shape: tuple[int, int]
+    ) -> tuple[Tensor | None, Tensor | None]:
         """`g (B, T)` and `use_slow (B, T)`, each None where it has no meaning."""
         if isinstance(route, Tensor):
             return None, route
@@ -176,7 +178,7 @@ class DualBranchModel(nn.Module):
         return g, g < threshold
 
     @staticmethod
-    def _partition(grid: Grid, whole, route: str | Tensor, use_slow: Tensor) -> Partition:
+    def _partition(grid: Grid, whole: TokenGroup, route: str | Tensor, use_slow: Tensor) -> Partition:
         if isinstance(route, str) and route == "fast":
             return Partition.uniform(whole, slow=False)
         return Partition.split(grid, use_slow)

@@ -1,9 +1,10 @@
 """The fast plain-PyTorch attention: same results as `reference.py`, memory linear in T. Called by `ops.py` only.
 
-Four ways through, chosen by shape alone:
+Ways through, chosen by shape alone:
 - dense: `is_causal` SDPA for a whole prefix, otherwise masked SDPA in chunks of queries;
 - masked: sparse with a mask per KV head, for rows so short that a mask costs less than gathering;
-- gathered: each query gathers the keys it reads; for decode, where reading little is what counts;
+- gathered: each query gathers the keys it reads; for decode and for verifying a draft, where reading little is what counts
+  (`_decode_rows` is the same for one query per row on a CPU);
 - by row (`_by_row`): prefill of longer rows. Queries that see few keys use a mask over just those keys; the rest meet
   only the blocks they read.
 Arguments are checked already. bf16 on a CPU is computed in fp32, which is far faster there.
@@ -62,9 +63,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Ten
     if plan.max_pos < 0:
         return _zero_padding(q, plan)
     dtype = q.dtype
-    q, k, v = _compute(q), _compute(k), _compute(v)
     if q.shape[1] == 1 and q.device.type == "cpu":
         return _decode_rows(q, k, v, plan).to(dtype)
+    q, k, v = _compute(q), _compute(k), _compute(v)
     if plan.is_prefix:
         return _sdpa(q, k, v, is_causal=True).to(dtype)
     k, v = _zero_unseen(k, v, plan)
@@ -114,8 +115,11 @@ def _chunk_mask(plan: AttentionPlan, t0: int, t1: int, lo: int, hi: int) -> Tens
     return build()
 
 
-def _decode_rows(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    """One query per row, on a CPU: two products per row over a slice of the keys; SDPA is far slower at T = 1."""
+def _decode_rows(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec | None = None, pooled: Tensor | None = None) -> Tensor:
+    """One query per row, on a CPU: dense without spec. Rows differ in length, so each is a slice of its own: no mask, no copy.
+
+    Bounds are Python numbers of the plan, which keeps a step down to a few dozen small tensor operations.
+    """
     B, T, H, D = q.shape
     Hk = k.shape[2]
     starts = plan.cached("starts", lambda: plan.doc_start[:, 0].tolist() if plan.has_docs else [0] * B)
@@ -123,12 +127,57 @@ def _decode_rows(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor
     for b in range(B):
         lo, hi = starts[b], plan.row_max[b] + 1
         if hi == 0:
-            rows.append(q.new_zeros(H, D))
+            rows.append(torch.zeros(H, D, dtype=_compute(q).dtype))
             continue
-        kb, vb = k[b, lo:hi].transpose(0, 1), v[b, lo:hi].transpose(0, 1)  # (Hk, S, D)
-        p = (torch.bmm(q[b, 0].reshape(Hk, H // Hk, D) * D**-0.5, kb.transpose(1, 2))).softmax(-1)
-        rows.append(torch.bmm(p, vb).reshape(H, D))
+        qg = _compute(q[b, 0]).reshape(Hk, H // Hk, D)
+        if spec is None or hi - 1 - lo < spec.dense_len:
+            kb, vb, mask = _compute(k[b, lo:hi]).transpose(0, 1), _compute(v[b, lo:hi]).transpose(0, 1), None  # (Hk, S, D)
+        else:
+            kb, vb, mask = _read_for_decode(qg, k[b], v[b], None if pooled is None else pooled[b], lo, hi, spec)
+        scores = torch.bmm(qg * D**-0.5, kb.transpose(1, 2))
+        if mask is not None:
+            scores = scores.masked_fill(mask, float("-inf"))
+        rows.append(torch.bmm(scores.softmax(-1), vb).reshape(H, D))
     return torch.stack(rows).unsqueeze(1)
+
+
+def _read_for_decode(q: Tensor, k: Tensor, v: Tensor, pooled: Tensor | None, lo: int, hi: int, spec: SparseSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The keys and values that one sparse query q (Hk, G, D) at hi - 1 reads from k, v (S, Hk, D), each (Hk, L, D), and what to mask.
+
+    Sinks and window are slices; only the chosen blocks are gathered. The mask (Hk, 1, L) hides chosen keys that those slices hold already.
+    """
+    S, Hk, D = k.shape
+    bs, M = spec.block_size, spec.n_selected_blocks
+    window_start = max(lo, hi - spec.window)
+    sink_stop = min(lo + spec.n_sinks, window_start)
+    first = max(-(-lo // bs), (lo + spec.n_sinks) // bs)
+    stop = min(hi // bs, (hi - 1 - spec.window) // bs + 1)  # as _selectable_range
+    k_parts, v_parts = [[x[a:z].transpose(0, 1) for a, z in ((lo, sink_stop), (window_start, hi)) if z > a] for x in (k, v)]
+    mask = None
+    if M and stop > first:
+        if pooled is None:
+            pooled = pool_keys(k[:hi].detach().unsqueeze(0), bs)[0]
+        ids = _best_of_range(upcast(q.detach()).sum(1), upcast(pooled[first:stop].detach()), M) + first  # (Hk, M)
+        keys = (ids[:, :, None] * bs + torch.arange(bs)).flatten(1)
+        row = (keys * Hk + torch.arange(Hk)[:, None]).flatten()
+        for parts, x in ((k_parts, k), (v_parts, v)):
+            parts.append(x.reshape(S * Hk, D).index_select(0, row).view(Hk, -1, D))
+        if stop * bs > window_start or first * bs < lo + spec.n_sinks:
+            held = (keys >= window_start) | (keys < lo + spec.n_sinks)
+            mask = F.pad(held, (sink_stop - lo + hi - window_start, 0)).unsqueeze(1)
+    return _compute(torch.cat(k_parts, 1)), _compute(torch.cat(v_parts, 1)), mask
+
+
+def _best_of_range(q_sum: Tensor, pooled: Tensor, M: int) -> Tensor:
+    """ids (Hk, min(M, n)) of the M best of n blocks, in any order; ties go to the lower id. q_sum (Hk, D), pooled (n, Hk, D)."""
+    n, Hk, _ = pooled.shape
+    if n <= M:
+        return torch.arange(n).expand(Hk, -1)
+    scores = torch.bmm(pooled.transpose(0, 1), q_sum.unsqueeze(2)).squeeze(2)
+    values, ids = scores.topk(M + 1, dim=-1)
+    if (values[:, M - 1] == values[:, M]).any():
+        ids = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return ids[:, :M]
 
 
 # --- selection -----------------------------------------------------------------------------------------------------
@@ -187,6 +236,8 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec:
     B, T, H, D = q.shape
     if plan.all_dense(spec.dense_len):
         return dense_attention(q, k, v, plan)
+    if T == 1 and q.device.type == "cpu":
+        return _decode_rows(q, k, v, plan, spec, pooled).to(q.dtype)
     if T > GATHERED_QUERIES and T * (plan.max_pos + 1) > MASKED_ELEMENTS:
         return _by_row(q, k, v, plan, spec, pooled)
     if pooled is None:

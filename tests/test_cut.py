@@ -12,7 +12,8 @@ from dualbranch.data.packing import pack
 from dualbranch.distill.cut import init_from_teacher, kept_layers, layer_views, ridge, top_heads
 from kernels import SparseSpec
 
-CONFIG = DualBranchConfig(vocab_size=64, d_model=32, n_layers=3, n_stem=3, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, fast_n_heads=2, fast_d_ff=16, sparse=SparseSpec(8, 2, 16, 2, 64))
+SIZES = {"d_model": 32, "n_layers": 3, "n_stem": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "d_ff": 48, "fast_n_heads": 2, "fast_d_ff": 16}
+CONFIG = DualBranchConfig(vocab_size=64, sparse=SparseSpec(8, 2, 16, 2, 64), **SIZES)
 STUDENT = dataclasses.replace(CONFIG, n_stem=1)
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch.distributed
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = ["until=teacher", "data.batch_rows=4", "tokenizer.n_problems=400", "tokenizer.vocab_size=700", "teacher.steps=6", "teacher.n_assess=4", "save_every=3"]
+SETTINGS = ["until=teacher", "data.batch_rows=4"]
+SETTINGS += ["tokenizer.n_problems=400", "tokenizer.vocab_size=700", "teacher.steps=6", "teacher.n_assess=4", "save_every=3"]
 
 
 def losses(tmp_path: Path, name: str, optimizer: str, launcher: list[str], *more: str) -> list[float]:

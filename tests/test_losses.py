@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_top_k_kl_is_nonnegative_monotone_in_k_and_dense_at_k_equal_v(seed, v):
     teacher, student, w = logits(4, v, seed), logits(4, v, seed + 1), torch.ones(4, dtype=torch.float64)
     losses = [float(top_k_distill_loss(*(x.double() if x.is_floating_point() else x for x in top_k_targets(teacher, k)), student, w)) for k in range(1, v + 1)]
     assert losses[0] >= -1e-6
-    assert all(b >= a - 1e-5 for a, b in zip(losses, losses[1:], strict=False)), losses
+    assert all(b >= a - 1e-5 for a, b in pairwise(losses)), losses
     assert losses[-1] == pytest.approx(float(distill_loss(teacher, student, w)), rel=1e-4, abs=1e-5)
 
 

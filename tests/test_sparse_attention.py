@@ -216,6 +216,32 @@ def test_ties_go_to_the_lower_block():
         assert ids[0, 99, 0].tolist() == [0, 1, 2] and ids[0, 23, 0].tolist() == [-1, -1, -1]
 
 
+@pytest.mark.parametrize("T", [1, 2])
+def test_decode_breaks_ties_as_the_reference_does(T):
+    q, k, v = make(1, T, 100, 2, 1, 8)
+    k[:] = 1.0  # every score ties; the values tell which blocks were read
+    plan = AttentionPlan(torch.arange(100 - T, 100)[None], 100)
+    assert_same(sparse_attention(q, k, v, plan, SPEC), reference.sparse_attention(q, k, v, plan, SPEC))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_decode_of_ragged_rows_matches_reference_and_reads_nothing_else(data):
+    H, Hk = data.draw(st.sampled_from(GQA))
+    B, S, bs = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 150)), data.draw(st.sampled_from([1, 3, 8, 16]))
+    spec = SparseSpec(bs, data.draw(st.integers(0, 5)), data.draw(st.integers(1, 40)), data.draw(st.integers(0, 20)), data.draw(st.integers(0, 50)))
+    pos = torch.tensor(data.draw(st.lists(st.integers(-1, S - 1), min_size=B, max_size=B)))[:, None]
+    start = (pos // 3).clamp(min=0) // bs * bs if data.draw(st.booleans()) else None
+    plan = AttentionPlan(pos, S, start)
+    q, k, v = make(B, 1, S, H, Hk, 8)
+    pooled = pool_keys(k, bs)
+    expected = reference.sparse_attention(q, k, v, plan, spec, pooled)
+    read = reference.sparse_mask(reference.select_blocks(q, pooled, plan, spec), plan, spec)[:, 0].transpose(1, 2).unsqueeze(-1)
+    capacity = S + data.draw(st.integers(0, 9))  # k and v are slices of a longer cache
+    k, v = (torch.full((B, capacity, Hk, 8), NAN).index_copy(1, torch.arange(S), x.masked_fill(~read, NAN))[:, :S] for x in (k, v))
+    assert_same(sparse_attention(q, k, v, plan, spec, pooled), expected)
+
+
 def test_selection_follows_the_scores_of_its_own_group():
     """Planted: KV head 0's queries point at block 4, head 1's at block 6; swapping the groups would swap the blocks."""
     q, k, _ = make(1, 1, 100, 4, 2, 8)

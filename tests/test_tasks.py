@@ -48,7 +48,8 @@ def solve_chickens_rabbits(p):
     if not found:
         return {"en": "no solution", "zh": "无解"}[p.lang]
     (numbers,) = found
-    return re.sub(r"\d+", lambda _, it=iter(numbers): str(next(it)), p.answer)
+    remaining = iter(numbers)
+    return re.sub(r"\d+", lambda _: str(next(remaining)), p.answer)
 
 
 def solve_shopping(p):
@@ -66,7 +67,10 @@ def solve_sorting(p):
 
 def solve_equations(p):
     left, right = p.key.split("|")[1].split("=")
-    at = lambda side, x: eval(re.sub(r"(\d+)x", rf"\1*{x}", side))
+
+    def at(side, x):
+        return eval(re.sub(r"(\d+)x", rf"\1*{x}", side))
+
     gap = [at(left, x) - at(right, x) for x in (0, 1)]  # linear in x: zero at gap[0] / (gap[0] - gap[1])
     x, rest = divmod(gap[0], gap[0] - gap[1])
     return {"en": "no solution", "zh": "无解"}[p.lang] if rest else f"x = {x}"
@@ -79,8 +83,8 @@ def solve_durations(p):
     if kind == "later":
         return (datetime.strptime(start, "%H:%M") + timedelta(minutes=int(end))).strftime("%H:%M")
     if kind == "between":
-        clock = lambda text: datetime.strptime(text, "%H:%M")
-        return str(int((clock(end) - clock(start)).total_seconds()) // 60)
+        minutes = datetime.strptime(end, "%H:%M") - datetime.strptime(start, "%H:%M")
+        return str(int(minutes.total_seconds()) // 60)
     if kind == "date":
         return (date.fromisoformat(f"2023-{start}") + timedelta(days=int(end))).strftime("%m-%d")
     day = date(2024, 1, int(start)) + timedelta(days=int(end))  # 2024-01-01 is a Monday
@@ -247,10 +251,13 @@ def test_shifts_differ_from_training():
     for shift in SHIFTS:
         shifted = draw(13, "test", 20, [t for t in TASKS if shift in TASKS[t].shifts], shift)
         assert shifted and all(p.shift == shift for p in shifted) and not {p.prompt for p in shifted} & prompts
-    largest = lambda task, drawn: sum(max(map(int, re.findall(r"\d+", p.prompt))) for p in drawn) / len(drawn)
+
+    def largest(drawn):
+        return sum(max(map(int, re.findall(r"\d+", p.prompt))) for p in drawn) / len(drawn)
+
     for task in (t for t in TASKS if "numbers" in TASKS[t].shifts):
         hard = [p for p in train if p.task == task and p.level == "hard"]
-        assert largest(task, draw(14, "test", 50, [task], "numbers")) > 1.5 * largest(task, hard), task
+        assert largest(draw(14, "test", 50, [task], "numbers")) > 1.5 * largest(hard), task
 
 
 def test_numerals_shift_leaves_no_digits_in_prompts_but_ordinals():

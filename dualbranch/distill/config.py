@@ -67,7 +67,6 @@ class TeacherConfig:
     steps: int = 1000
     decide: float = 0.25
     n_assess: int = 4096
-    compile: bool = False
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 

@@ -18,6 +18,9 @@ from dualbranch.data.packing import Rows
 from dualbranch.model import DualBranchModel
 from dualbranch.routing import Grid, Partition, TokenGroup
 
+#: What a student cut out of a teacher must share with it.
+DIALECT = ("vocab_size", "d_model", "n_kv_heads", "head_dim", "activation", "qkv_bias", "qk_norm", "tie_embeddings", "rope_theta", "rope_scaling")
+
 
 @dataclass(frozen=True)
 class LayerView:
@@ -108,12 +111,14 @@ def init_from_teacher(student: DualBranchModel, teacher: DualBranchModel, rows: 
     fewer layers are cut. Raises ValueError where a student is wider than its teacher or speaks another dialect.
     """
     s, t = student.config, teacher.config
-    for name in ("vocab_size", "d_model", "n_kv_heads", "head_dim", "activation", "qkv_bias", "qk_norm", "tie_embeddings", "rope_theta", "rope_scaling"):
+    for name in DIALECT:
         if getattr(s, name) != getattr(t, name):
-            raise ValueError(f"model.{name} is {getattr(s, name)} but the teacher has {getattr(t, name)}; a student cut out of it must keep it (or student.init: scratch)")
+            raise ValueError(
+                f"model.{name} is {getattr(s, name)} but the teacher has {getattr(t, name)}; a student cut out of it must keep it (or student.init: scratch)"
+            )
     for name in ("n_layers", "n_heads", "d_ff"):
         if getattr(s, name) > getattr(t, name):
-            raise ValueError(f"model.{name} is {getattr(s, name)}, more than the teacher's {getattr(t, name)}; lower it or use student.init: scratch")
+            raise ValueError(f"model.{name} is {getattr(s, name)}, more than the teacher's {getattr(t, name)}; lower it, or set student.init: scratch")
     student.embed.load_state_dict(teacher.embed.state_dict())
     student.norm.load_state_dict(teacher.norm.state_dict())
     if student.head is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from dualbranch import accounting
-from dualbranch.checkpoint import load_checkpoint, load, save_checkpoint, write_text
+from dualbranch.checkpoint import load, load_checkpoint, save_checkpoint, write_text
 from dualbranch.config import DualBranchConfig
 from dualbranch.distill import dist, stages
 from dualbranch.distill.config import RunConfig
@@ -121,7 +121,9 @@ def make_teacher(config: RunConfig, folder: Path, log: MetricsLog) -> tuple[Dual
     return stage(folder / "teacher", tok, lambda: stages.train_teacher(sized, tok, folder / "teacher", log)), tok
 
 
-def make_student(config: RunConfig, model_config: DualBranchConfig, folder: Path, name: str, teacher: DualBranchModel, tok: Tokenizer, log: MetricsLog) -> DualBranchModel:
+def make_student(
+    config: RunConfig, model_config: DualBranchConfig, folder: Path, name: str, teacher: DualBranchModel, tok: Tokenizer, log: MetricsLog
+) -> DualBranchModel:
     """A student of the given sizes: initialised as the config says, then distilled."""
 
     def make() -> DualBranchModel:

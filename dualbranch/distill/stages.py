@@ -16,22 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dualbranch.chat import render_prompt
 from dualbranch.checkpoint import write_text
 from dualbranch.config import DualBranchConfig
 from dualbranch.data.packing import Rows
+from dualbranch.data.problem import LANGS, LEVELS, Problem, sample_problem, verify
+from dualbranch.data.tasks import TASKS
+from dualbranch.data.text import load_documents
 from dualbranch.distill import dist
 from dualbranch.distill.config import RunConfig
-from dualbranch.distill.cut import init_from_teacher
 from dualbranch.distill.losses import align_loss, distill_loss, hard_loss, token_kl
 from dualbranch.distill.sources import BatchSource
 from dualbranch.distill.teacher_cache import TeacherCache
 from dualbranch.distill.trainer import Loop, train
 from dualbranch.gate import Calibration
 from dualbranch.generate import generate_batch
-from dualbranch.chat import render_prompt
-from dualbranch.data.problem import LANGS, LEVELS, Problem, sample_problem, verify
-from dualbranch.data.tasks import TASKS
-from dualbranch.data.text import load_documents
 from dualbranch.model import DualBranchModel
 from dualbranch.modes import resolve
 from dualbranch.sampling import SamplingParams
@@ -65,7 +64,7 @@ def train_tokenizer(config: RunConfig, path: Path) -> Tokenizer:
 
 
 def snapshot(model: DualBranchModel) -> DualBranchModel:
-    """An unsharded, uncompiled copy, for generation in the middle of training. Collective."""
+    """An unsharded copy, for generation in the middle of training. Collective."""
     copy = DualBranchModel(model.config)
     copy.load_state_dict({n: dist.full(p.detach()) for n, p in model.state_dict().items()})
     return copy.eval()
@@ -77,9 +76,6 @@ def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log) -> 
     model = DualBranchModel(dense_config(config.model))
     model.init_weights(config.seed)
     dist.shard(model)
-    if t.compile:
-        for block in model.blocks:
-            block.compile()
     data = source(config, tok)
     first_decision = t.steps - round(t.steps * t.decide)
     assessment = folder / "needs_thinking.json"
@@ -121,7 +117,9 @@ def direct_answers(model: DualBranchModel, tok: Tokenizer, problems: list[Proble
     return right
 
 
-def train_student(config: RunConfig, tok: Tokenizer, teacher: DualBranchModel, student: DualBranchModel, folder: Path, log: Log, name: str) -> DualBranchModel:
+def train_student(
+    config: RunConfig, tok: Tokenizer, teacher: DualBranchModel, student: DualBranchModel, folder: Path, log: Log, name: str
+) -> DualBranchModel:
     """Distils `teacher` into `student` under mixed routes (dense students have only one). Mutates `student`.
 
     Losses: soft labels, hard labels, and the alignment of the routed stream with the teacher's where both are equally wide.
@@ -149,7 +147,8 @@ def train_student(config: RunConfig, tok: Tokenizer, teacher: DualBranchModel, s
             return losses
         with torch.no_grad():
             target = teacher(rows.tokens, doc_start=rows.doc_start)
-        losses["soft"] = s.soft * distill_loss(target.logits.flatten(0, 1), logits, w, s.temperature)
+        decides = (rows.tokens == tok.control["<|assistant|>"]).flatten()  # the teacher's decision to think counts even where no label does
+        losses["soft"] = s.soft * distill_loss(target.logits.flatten(0, 1), logits, w.masked_fill(decides, 1.0), s.temperature)
         if aligned:
             losses["align"] = s.align * align_loss(out.hidden.flatten(0, 1), target.hidden.flatten(0, 1), valid)
         return losses

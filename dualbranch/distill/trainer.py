@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,8 +54,6 @@ class Loop:
 
 def rows_of(rows: Rows, index: slice) -> Rows:
     """A part of a batch: the same fields, fewer rows."""
-    from dataclasses import replace
-
     return replace(rows, **{n: getattr(rows, n)[index] for n in ("tokens", "targets", "loss_weights", "doc_start")})
 
 
@@ -180,11 +178,13 @@ def progress_bar(loop: Loop, first: int) -> Iterator[Callable[[int, dict], None]
             if now - last[0] > 15 or step + 1 == loop.n_steps:
                 last[0] = now
                 eta = (now - t0) / (step + 1 - first) * (loop.n_steps - step - 1)
-                console.print(f"{loop.name} {step + 1}/{loop.n_steps}  loss {m['loss']:.4f}  {m['tokens_per_s']:,.0f} tokens/s  ETA {eta:.0f} s", highlight=False)
+                speed = f"{m['tokens_per_s']:,.0f} tokens/s  ETA {eta:.0f} s"
+                console.print(f"{loop.name} {step + 1}/{loop.n_steps}  loss {m['loss']:.4f}  {speed}", highlight=False)
 
         yield line
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} tokens/s  ETA"), TimeRemainingColumn())
+    figures = TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} tokens/s  ETA")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), figures, TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(loop.name, total=loop.n_steps, completed=first, loss=float("nan"), rate=0.0)
         yield lambda step, m: bar.update(task, completed=step + 1, loss=m["loss"], rate=m["tokens_per_s"])

@@ -112,7 +112,7 @@ KINDS = (_later, _between, _weekday, _date)
 
 def draw(rng: Random, level: str, lang: str, shift: str | None):
     ranges = RANGES["numbers" if shift == "numbers" else level]
-    kind, span = rng.choice([(kind, span) for kind, span in zip(KINDS, ranges) if span])
+    kind, span = rng.choice([(kind, span) for kind, span in zip(KINDS, ranges, strict=True) if span])
     return kind(rng, lang, shift, span)
 
 

@@ -72,7 +72,7 @@ def _value(rng: Random, parameter: str, shift: str | None):
 
 def draw(rng: Random, level: str, lang: str, shift: str | None):
     signature = rng.choice([s for s in FUNCTIONS if len(s) - 1 in ARGS[level]])
-    offered = rng.sample([s for s in FUNCTIONS if s != signature], rng.randint(*OFFERED[level]) - 1) + [signature]
+    offered = [*rng.sample([s for s in FUNCTIONS if s != signature], rng.randint(*OFFERED[level]) - 1), signature]
     rng.shuffle(offered)
     name, *parameters = signature
     values = {parameter: _value(rng, parameter, shift) for parameter in parameters}
