@@ -6,22 +6,31 @@
 
 from dualbranch.checkpoint import LoadedModel, load, load_checkpoint, save_checkpoint
 from dualbranch.config import DualBranchConfig, RopeScaling
-from dualbranch.generate import Generation, generate, generate_batch
+from dualbranch.conversation import Conversation
+from dualbranch.generate import Generation, PromptTooLong, generate, generate_batch, stream
 from dualbranch.model import DualBranchModel, ModelOutput
+from dualbranch.modes import Mode, resolve
+from dualbranch.sampling import SamplingParams
 from dualbranch.tokenizer import Tokenizer
 
 __all__ = [
+    "Conversation",
     "DualBranchConfig",
     "DualBranchModel",
     "Generation",
     "LoadedModel",
+    "Mode",
     "ModelOutput",
+    "PromptTooLong",
     "RopeScaling",
+    "SamplingParams",
     "Tokenizer",
     "generate",
     "generate_batch",
     "load",
     "load_checkpoint",
+    "resolve",
     "save_checkpoint",
+    "stream",
 ]
 __version__ = "0.1.0"

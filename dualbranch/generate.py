@@ -288,7 +288,8 @@ def stream(
     (pending,) = start(model, tok, [prompt_ids], mode, params)
     if cache is not None:
         if not 0 <= n_reuse < len(pending.prompt) or n_reuse > int(cache.n_cached[0]):
-            raise ValueError(f"n_reuse is {n_reuse}; it must be below the prompt's {len(pending.prompt)} tokens and at most the {int(cache.n_cached[0])} cached")
+            n_cached = int(cache.n_cached[0])
+            raise ValueError(f"n_reuse is {n_reuse}; it must be below the prompt's {len(pending.prompt)} tokens and at most the {n_cached} cached")
         cache.truncate(n_reuse)
         pending.n_reused = n_reuse
         pending.use_slow = cache.from_slow[0, :n_reuse].tolist()

@@ -117,7 +117,8 @@ def routing(path: Path, shares: Sequence[Mapping[str, Any]]) -> str:
     plt = _pyplot()
     figure, ax = plt.subplots(figsize=(5.2, 3.4))
     styles = {
-        "constant": (PURPLE, "D", ":"), "random": (BLACK, "s", "--"), "position": (ORANGE, "^", "-."), "gate": (BLUE, "o", "-"),
+        "constant": (PURPLE, "D", ":"), "random": (BLACK, "s", "--"), "random in replies": (BLACK, "v", ":"),
+        "position": (ORANGE, "^", "-."), "gate": (BLUE, "o", "-"),
         "oracle": (GREEN, "P", "-"), "reply oracle": (RED, "X", "-"),
     }  # fmt: skip
     for name, (color, marker, line) in styles.items():

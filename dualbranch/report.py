@@ -171,7 +171,7 @@ def goals(e: Mapping[str, Any]) -> list[Goal]:
         losses = [
             f"{name} at {percent(s['share'], 0)}"
             for s in study["shares"]
-            for name in ("random", "constant", "position")
+            for name in ("random", "random in replies", "constant", "position")
             if s["policies"]["gate"]["kl"] >= s["policies"][name]["kl"]
         ]
         return ("better at every share" if not losses else f"not better than {', '.join(losses)}"), not losses
@@ -323,7 +323,7 @@ def routing(e: Mapping[str, Any], folder: Path) -> str:
     study, cut = e.get("routing"), e.get("ablations")
     parts = ["## Does the gate earn its place?"]
     if study:
-        order = ("random", "constant", "position", "gate", "oracle", "reply oracle")
+        order = ("random", "random in replies", "constant", "position", "gate", "oracle", "reply oracle")
         rows, texts = [], []
         for s in study["shares"]:
             p, share = s["policies"], percent(s["share"], 0)
@@ -334,7 +334,8 @@ def routing(e: Mapping[str, Any], folder: Path) -> str:
         parts += [
             f"KL(all-slow || routed) in nats per trace and answer token ({study['n_scored']:,} scored, {study['n_tokens']:,} routed, prompts included),"
             " held-out rows, teacher-forced, hard routing. All policies send exactly the same share of tokens slow."
-            f" All-fast: {study['fast']['kl']:.4f}. *Random* is the mean of three draws; *constant* makes whole documents slow; *position* knows only the"
+            f" All-fast: {study['fast']['kl']:.4f}. *Random* is the mean of three draws; *random in replies* knows which tokens are scored"
+            " and nothing else; *constant* makes whole documents slow; *position* knows only the"
             " place in the document; *oracle* knows each token's KL(slow || fast), *reply oracle* spends it on scored tokens first."
             " *Gap closed* is the way from random to the better oracle.",
             table(("slow tokens", *order, "gate, MFLOP per token", "gap closed by the gate", "by position", "by constant"), rows),

@@ -73,22 +73,26 @@ def highest(score: Tensor, n_slow: int, generator: torch.Generator) -> Tensor:
 
 
 def position_score(table: TokenTable, reference: TokenTable) -> Tensor:
-    """`(n,)`: the mean KL that tokens at the same position in a document had in `reference`; its overall mean where it has none."""
+    """`(n,)`: the mean KL that scored tokens at the same position in a document had in `reference` (unscored count as 0); its overall
+    mean where it has none."""
+    kl = torch.where(reference.scored, reference.kl, 0.0).double()
     n = int(max(table.position.max(), reference.position.max())) + 1
     count = torch.bincount(reference.position, minlength=n)
-    mean = torch.bincount(reference.position, weights=reference.kl.double(), minlength=n) / count.clamp(min=1)
-    return torch.where(count > 0, mean, reference.kl.double().mean())[table.position]
+    mean = torch.bincount(reference.position, weights=kl, minlength=n) / count.clamp(min=1)
+    return torch.where(count > 0, mean, kl.mean())[table.position]
 
 
 def policy_routes(table: TokenTable, reference: TokenTable, share: float, seed: int, n_random: int = 3) -> dict[str, Tensor]:
     """Decisions `(n,)` bool of every policy over the real tokens, exactly `round(share * n)` of them slow.
 
-    "random 0", "random 1", ...: single draws. "constant": whole documents in random order are slow until the share is spent.
+    "random 0", "random 1", ...: single draws. "random in replies" knows which tokens are scored, and nothing else.
+    "constant": whole documents in random order are slow until the share is spent.
     """
     n = len(table.kl)
     n_slow = round(share * n)
     generator = torch.Generator().manual_seed(seed)
     routes = {f"random {i}": highest(torch.rand(n, generator=generator), n_slow, generator) for i in range(n_random)}
+    routes["random in replies"] = highest(torch.rand(n, generator=generator) + table.scored, n_slow, generator)
     _, document = table.document.unique(return_inverse=True)
     rank = torch.randperm(int(document.max()) + 1, generator=generator)[document] * n + torch.arange(n)  # documents shuffled, each in order
     routes["constant"] = highest(-rank, n_slow, generator)
@@ -168,7 +172,7 @@ def routing_study(
         policies["random"] = {key: sum(d[key] for d in draws) / n_random for key in draws[0]}
         policies["random"]["kl_spread"] = max(d["kl"] for d in draws) - min(d["kl"] for d in draws)
         kl = {name: p["kl"] for name, p in policies.items()}
-        closed = {name: gap_closed(kl, name) for name in ("gate", "constant", "position")}
+        closed = {name: gap_closed(kl, name) for name in ("gate", "random in replies", "constant", "position")}
         at_share.append({"share": share, "policies": policies, "gap_closed": closed})
     nearest = min(at_share, key=lambda s: abs(s["share"] - headline))
     return {
@@ -231,8 +235,7 @@ def gate_examples(model: DualBranchModel, tok: Tokenizer, answers: Sequence[Answ
         out = model(torch.tensor([ids], device=model.device), "auto")
         text = tok.stream(skip_control=False)
         tokens = [
-            {"piece": text.push(i), "g": round(g, 4), "use_slow": slow}
-            for i, g, slow in zip(ids, out.g[0].tolist(), out.use_slow[0].tolist(), strict=True)
+            {"piece": text.push(i), "g": round(g, 4), "use_slow": slow} for i, g, slow in zip(ids, out.g[0].tolist(), out.use_slow[0].tolist(), strict=True)
         ]
         p = a.problem
         examples.append({"task": p.task, "level": p.level, "lang": p.lang, "n_prompt": a.generation.n_prompt, "correct": a.correct, "tokens": tokens})

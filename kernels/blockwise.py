@@ -4,7 +4,7 @@ Ways through, chosen by shape alone:
 - dense: `is_causal` SDPA for a whole prefix, otherwise masked SDPA in chunks of queries;
 - masked: sparse with a mask per KV head, for rows so short that a mask costs less than gathering;
 - gathered: each query gathers the keys it reads; for decode and for verifying a draft, where reading little is what counts
-  (`_decode_rows` is the same for one query per row on a CPU);
+  (`_decode_rows` is the same for one or two single queries on a CPU);
 - by row (`_by_row`): prefill of longer rows. Queries that see few keys use a mask over just those keys; the rest meet
   only the blocks they read.
 Arguments are checked already. bf16 on a CPU is computed in fp32, which is far faster there.
@@ -28,6 +28,7 @@ TRIMMED_RATIO = 2.5  # in the by-row way, a mask beats turning round until a que
 TRIMMED_QUERIES = 128  # queries per mask there: small, so that keys after them are trimmed off
 DENSE_QUERIES = 1024
 GATHERED_QUERIES = 16  # calls with up to this many queries per row gather
+LOOPED_ROWS = 2  # decode of up to this many rows treats each by itself; above, one gather for all costs less
 CHUNK_ELEMENTS = 1 << 22  # elements of the largest buffer in the tiled way; 16 MiB fp32, small enough that malloc reuses it
 BAND_TILE = 64
 
@@ -63,8 +64,6 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Ten
     if plan.max_pos < 0:
         return _zero_padding(q, plan)
     dtype = q.dtype
-    if q.shape[1] == 1 and q.device.type == "cpu":
-        return _decode_rows(q, k, v, plan).to(dtype)
     q, k, v = _compute(q), _compute(k), _compute(v)
     if plan.is_prefix:
         return _sdpa(q, k, v, is_causal=True).to(dtype)
@@ -115,8 +114,8 @@ def _chunk_mask(plan: AttentionPlan, t0: int, t1: int, lo: int, hi: int) -> Tens
     return build()
 
 
-def _decode_rows(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec | None = None, pooled: Tensor | None = None) -> Tensor:
-    """One query per row, on a CPU: dense without spec. Rows differ in length, so each is a slice of its own: no mask, no copy.
+def _decode_rows(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor | None) -> Tensor:
+    """Sparse, one query per row, on a CPU. Rows differ in length, so each is a slice of its own: no mask, no copy.
 
     Bounds are Python numbers of the plan, which keeps a step down to a few dozen small tensor operations.
     """
@@ -130,7 +129,7 @@ def _decode_rows(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: Spa
             rows.append(torch.zeros(H, D, dtype=_compute(q).dtype))
             continue
         qg = _compute(q[b, 0]).reshape(Hk, H // Hk, D)
-        if spec is None or hi - 1 - lo < spec.dense_len:
+        if hi - 1 - lo < spec.dense_len:
             kb, vb, mask = _compute(k[b, lo:hi]).transpose(0, 1), _compute(v[b, lo:hi]).transpose(0, 1), None  # (Hk, S, D)
         else:
             kb, vb, mask = _read_for_decode(qg, k[b], v[b], None if pooled is None else pooled[b], lo, hi, spec)
@@ -236,7 +235,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec:
     B, T, H, D = q.shape
     if plan.all_dense(spec.dense_len):
         return dense_attention(q, k, v, plan)
-    if T == 1 and q.device.type == "cpu":
+    if T == 1 and B <= LOOPED_ROWS and q.device.type == "cpu":
         return _decode_rows(q, k, v, plan, spec, pooled).to(q.dtype)
     if T > GATHERED_QUERIES and T * (plan.max_pos + 1) > MASKED_ELEMENTS:
         return _by_row(q, k, v, plan, spec, pooled)
@@ -527,7 +526,7 @@ def _turn_round(block_ids: Tensor, n_blocks: int) -> tuple[Tensor, Tensor, Tenso
     """
     block = block_ids.flatten()
     P = block.numel()
-    width = 1 << max(3, min(6, (P // max(1, n_blocks)).bit_length() - 2))  # about a quarter of a block's share
+    width = 1 << max(3, min(6, (P // max(1, n_blocks)).bit_length() - 1))  # about half a block's share
     sorted_block, pair = torch.sort(block)
     count = torch.bincount(block, minlength=n_blocks)
     n_tiles = (count + width - 1) // width

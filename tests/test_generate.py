@@ -47,14 +47,16 @@ def cold_reply(model, tok, prompt: list[int], mode, max_tokens: int, routes: lis
 @pytest.mark.parametrize("name", MODES)
 def test_greedy_decoding_equals_recomputing_everything_for_each_token(tiny, name):
     model, tok = tiny
-    for prompt in prompts_of(tok)[:4]:
+    for prompt in prompts_of(tok)[:3]:
         (got,) = generate_batch(model, tok, [prompt], name, SamplingParams(max_tokens=40))
         assert got.ids == cold_reply(model, tok, prompt, MODES[name], 40)
 
 
 def test_modes_give_different_replies_so_swapped_branches_would_show(tiny):
     model, tok = tiny
-    replies = {route: [g.ids for g in generate_batch(model, tok, prompts_of(tok), resolve("fast", route=route), SamplingParams(max_tokens=30))] for route in ("fast", "slow", "auto")}
+    replies = {}
+    for route in ("fast", "slow", "auto"):
+        replies[route] = [g.ids for g in generate_batch(model, tok, prompts_of(tok), resolve("fast", route=route), SamplingParams(max_tokens=30))]
     assert replies["fast"] != replies["slow"] != replies["auto"] != replies["fast"]
 
 
@@ -83,7 +85,7 @@ def test_use_slow_is_what_one_pass_over_the_whole_text_decides(tiny, name):
 def test_flops_are_those_of_each_token_at_its_position_on_its_route(tiny):
     model, tok = tiny
     for name in MODES:
-        for g in generate_batch(model, tok, prompts_of(tok), name, SamplingParams(max_tokens=60)):
+        for g in generate_batch(model, tok, prompts_of(tok), name, SamplingParams(max_tokens=40)):
             want = sum(token_flops(model.config, float(slow), n) for n, slow in enumerate(g.use_slow))
             assert g.flops == pytest.approx(want, rel=1e-12)
 

@@ -42,7 +42,7 @@ def test_every_reply_is_well_formed_within_budget_and_never_empty(tiny):
     tok = tiny[1]
     c = tok.control
 
-    @settings(deadline=None, max_examples=400)
+    @settings(deadline=None, max_examples=200)
     @replies
     def check(name, thinking_budget, room, seed, p_control, p_think):
         mode = resolve(name, thinking_budget=None if name == "fast" else thinking_budget)
