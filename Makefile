@@ -20,7 +20,7 @@ help:
 	@echo "make demo      train from configs/small.yaml (resumes), ask in the three modes, show the report"
 	@echo "make test      run the test suite; ARGS='-k cache -x' goes to pytest"
 	@echo "make lint      ruff"
-	@echo "make teacher   train the shipped teacher again from configs/small-teacher.yaml (hours)"
+	@echo "make teacher   train the shipped teacher again from configs/small-teacher.yaml (50 minutes)"
 	@echo "make install   only create $(VENV) and install; PYTHON=python3.12 chooses the interpreter"
 	@echo "make clean     remove caches and build leftovers; $(VENV) and runs/ stay"
 

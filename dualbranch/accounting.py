@@ -63,15 +63,20 @@ def layer_flops(c: DualBranchConfig, slow: bool, n_cached: int) -> float:
     if slow:
         return 2 * (kv_params(c) + branch_params(c, c.n_heads, c.d_ff)) + 4 * c.n_heads * c.head_dim * n
     flops = 2 * (kv_params(c) + branch_params(c, c.fast_n_heads, c.fast_d_ff)) + 4 * c.fast_n_heads * c.head_dim * fast_keys(c, n)
-    if n > c.sparse.dense_len:
-        flops += 2 * c.fast_n_heads * c.head_dim * (n // c.sparse.block_size)
+    if n > c.sparse.dense_len:  # block scores, of the sum over each group's heads
+        flops += 2 * c.n_kv_heads * c.head_dim * (n // c.sparse.block_size)
     return flops
+
+
+def head_flops(c: DualBranchConfig) -> float:
+    """Logits of one token; in a prompt only the last token pays for them."""
+    return 2 * c.vocab_size * c.d_model
 
 
 def token_flops(c: DualBranchConfig, slow_share: float, n_cached: int) -> float:
     """The whole model for one token, of which `slow_share` in [0, 1] is computed slow (0 or 1 for a single token)."""
     n_dual = len(c.dual_layers)
-    flops = (c.n_layers - n_dual) * layer_flops(c, True, n_cached) + 2 * c.vocab_size * c.d_model + 2 * gate_params(c)
+    flops = (c.n_layers - n_dual) * layer_flops(c, True, n_cached) + head_flops(c) + 2 * gate_params(c)
     return flops + n_dual * (slow_share * layer_flops(c, True, n_cached) + (1 - slow_share) * layer_flops(c, False, n_cached))
 
 

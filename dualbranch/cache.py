@@ -119,7 +119,7 @@ class CacheWriter:
                 cells, k, v = self.cells, k[self.cells], v[self.cells]
             dest = self.dest if cells is None else self.dest[cells]
             for full, new in ((cache.k[i], k), (cache.v[i], v)):
-                full.flatten(0, 1).index_copy_(0, dest, new.to(full.dtype))
+                full.flatten(0, 1).index_copy_(0, dest, new.detach().to(full.dtype))
             pooled = cache.pooled.get(i)
             if pooled is not None and len(self.completed):
                 b, n = self.completed.unbind(1)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dualbranch.model import DualBranchModel
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.model", "calibration.json")
-FINAL_STAGES = ("calibration", "gate", "student")
+FINAL_STAGES = ("gate", "student")
 """Folders of a run that may hold its final student, the most finished first."""
 
 _FORMAT = "dualbranch-checkpoint"
@@ -170,9 +170,12 @@ def load(
 ) -> LoadedModel:
     """The model at a checkpoint folder, of a run folder (its final student), or of a run's name under `runs`.
 
+    `dtype` None: float32 on a CPU, as stored elsewhere.
     `"tiny"`, `"runs/tiny"`, `"tiny/teacher"` and `"runs/tiny/student"` all work. Raises CheckpointError; where nothing is
     found it lists what there is.
     """
+    if dtype is None and torch.device(device).type == "cpu":
+        dtype = torch.float32  # half precision saves nothing on a CPU and is far slower there
     return _load_folder(_find(path_or_name, Path(runs)), device, dtype)
 
 

@@ -283,6 +283,7 @@ def run_evaluation(
             name = "student auto" if budget == default else f"student auto {budget:g}"
             results[name] = answer(name, student, resolve("auto", budget=budget))
             curve.append({"budget": budget, "run": name})
+        results["student slow, deciding"] = answer("student slow, deciding", student, resolve("think", thinking="auto"))
         results["student auto, thinking"] = answer("student auto, thinking", student, resolve("auto", thinking="on"))
         results["student auto, direct"] = answer("student auto, direct", student, resolve("auto", thinking="off"))
         out["decision"] = decision_quality(*(results[f"student auto{x}"] for x in ("", ", thinking", ", direct")))

@@ -59,11 +59,11 @@ class Calibration:
         return ys[i - 1] + (ys[i] - ys[i - 1]) * (budget - xs[i - 1]) / (xs[i] - xs[i - 1])
 
     @staticmethod
-    def measure(g: Tensor, default_budget: float = 0.3, think_threshold: float = 0.5) -> Calibration:
+    def measure(g: Tensor, default_budget: float = 0.3) -> Calibration:
         """From gate values `g (n,)` of held-out tokens."""
         budgets = tuple(round(0.05 * i, 2) for i in range(1, 20))
         quantiles = torch.quantile(g.double().flatten(), torch.tensor(budgets, dtype=torch.float64))
-        return Calibration(budgets, tuple(quantiles.tolist()), default_budget, think_threshold)
+        return Calibration(budgets, tuple(quantiles.tolist()), default_budget)
 
 
 def check_budget(budget: float) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dualbranch.accounting import token_flops
+from dualbranch.accounting import head_flops, token_flops
 from dualbranch.cache import KVCache
 from dualbranch.chat import Reply, render_prompt, split_reply
 from dualbranch.config import DualBranchConfig
@@ -117,6 +117,7 @@ class Pending:
         c = self.controller
         reason = "stop" if c.finished else "length" if self.done else "cancelled"
         flops = spent_flops(model.config, self.use_slow[self.n_reused :], self.n_reused)
+        flops -= head_flops(model.config) * (len(self.prompt) - self.n_reused - 1)  # a prompt's logits are computed at its last token only
         ids = list(self.ids)
         return Generation(
             ids, split_reply(tok, ids), len(self.prompt), c.n_think, c.n_answer, reason, list(self.use_slow), c.thought, flops, self.n_reused

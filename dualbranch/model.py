@@ -181,4 +181,4 @@ class DualBranchModel(nn.Module):
     def _partition(grid: Grid, whole: TokenGroup, route: str | Tensor, use_slow: Tensor) -> Partition:
         if isinstance(route, str) and route == "fast":
             return Partition.uniform(whole, slow=False)
-        return Partition.split(grid, use_slow)
+        return Partition.split(grid, whole, use_slow)

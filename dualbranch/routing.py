@@ -100,12 +100,14 @@ class Partition:
         return Partition(tokens if slow else None, None if slow else tokens, None, tokens.cos, tokens.sin)
 
     @staticmethod
-    def split(grid: Grid, use_slow: Tensor) -> Partition:
-        """By `use_slow (B, T)` bool. One host sync."""
+    def split(grid: Grid, whole: TokenGroup, use_slow: Tensor) -> Partition:
+        """By `use_slow (B, T)` bool; `whole` is the grid's. One host sync."""
+        if use_slow.numel() == 1:
+            return Partition.uniform(whole, slow=bool(use_slow))
         valid = grid.q_pos >= 0
         slow_cells = (use_slow & valid).flatten().nonzero().squeeze(1)
         fast_cells = (~use_slow & valid).flatten().nonzero().squeeze(1)
         if fast_cells.numel() == 0 or slow_cells.numel() == 0:
-            return Partition.uniform(grid.whole(), slow=fast_cells.numel() == 0)
+            return Partition.uniform(whole, slow=fast_cells.numel() == 0)
         order = torch.cat([slow_cells, fast_cells])
         return Partition(grid.subset(slow_cells), grid.subset(fast_cells), order, grid.cos[order], grid.sin[order])

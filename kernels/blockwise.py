@@ -67,6 +67,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Ten
     q, k, v = _compute(q), _compute(k), _compute(v)
     if plan.is_prefix:
         return _sdpa(q, k, v, is_causal=True).to(dtype)
+    if plan.q_pos.numel() == 1 and not plan.has_docs:  # decode of one sequence sees a slice
+        return _sdpa(q, k[:, : plan.max_pos + 1], v[:, : plan.max_pos + 1]).to(dtype)
     k, v = _zero_unseen(k, v, plan)
     q = _zero_padding(q, plan)
     out = [_sdpa(q[:, t0:t1], k[:, lo:hi], v[:, lo:hi], _chunk_mask(plan, t0, t1, lo, hi)) for t0, t1, lo, hi in _chunks(plan)]

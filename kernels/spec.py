@@ -82,11 +82,6 @@ class AttentionPlan:
         if doc_min < 0 or self.min_rel < 0:
             raise ValueError("doc_start must lie in [0, q_pos]")
 
-    @property
-    def is_ragged(self) -> bool:
-        """Rows end at different keys, or all before the key axis does: some keys are visible to no query of their row."""
-        return any(last != self.n_keys - 1 for last in self.row_max)
-
     def all_dense(self, dense_len: int) -> bool:
         """Every query has fewer than dense_len earlier tokens, so the sparse rule reads everything."""
         return self.max_rel < dense_len

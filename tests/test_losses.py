@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualbranch.distill.losses import align_loss, distill_loss, hard_loss, token_kl, top_k_distill_loss, top_k_targets
+from dualbranch.distill.losses import align_loss, distill_loss, hard_loss, token_kl, truncated_distill_loss, truncated_targets
 
 
 def logits(n: int, v: int, seed: int, scale: float = 2.0) -> torch.Tensor:
@@ -46,7 +46,7 @@ def test_unequal_vocabularies_are_refused_naming_both_sizes():
 @given(seed=st.integers(0, 999), v=st.integers(3, 30))
 def test_top_k_kl_is_nonnegative_monotone_in_k_and_dense_at_k_equal_v(seed, v):
     teacher, student, w = logits(4, v, seed), logits(4, v, seed + 1), torch.ones(4, dtype=torch.float64)
-    losses = [float(top_k_distill_loss(*(x.double() if x.is_floating_point() else x for x in top_k_targets(teacher, k)), student, w)) for k in range(1, v + 1)]
+    losses = [float(truncated_distill_loss(*(x.double() if x.is_floating_point() else x for x in truncated_targets(teacher, k)), student, w)) for k in range(1, v + 1)]
     assert losses[0] >= -1e-6
     assert all(b >= a - 1e-5 for a, b in pairwise(losses)), losses
     assert losses[-1] == pytest.approx(float(distill_loss(teacher, student, w)), rel=1e-4, abs=1e-5)
@@ -57,8 +57,8 @@ def test_top_k_gradient_points_where_the_dense_one_does():
     student = (logits(64, 200, 4) * 0.5 + teacher * 0.5).requires_grad_()
     w = torch.ones(64, dtype=torch.float64)
     dense = torch.autograd.grad(distill_loss(teacher, student, w), student)[0]
-    ids, log_p = top_k_targets(teacher, 32)
-    cached = torch.autograd.grad(top_k_distill_loss(ids, log_p.double(), student, w), student)[0]
+    ids, log_p = truncated_targets(teacher, 32)
+    cached = torch.autograd.grad(truncated_distill_loss(ids, log_p.double(), student, w), student)[0]
     assert torch.cosine_similarity(dense.flatten(), cached.flatten(), dim=0) > 0.98
 
 

@@ -37,6 +37,7 @@ SMALLER = [
     "gate.rows=4",
     "gate.steps=5",
     "gate.calibration_rows=4",
+    "gate.n_problems=4",
     "evaluation.dense_baseline=false",
     "save_every=2",
 ]
@@ -73,7 +74,7 @@ def test_every_stage_leaves_a_checkpoint_and_a_metrics_line_per_step(finished):
     counts = {}
     for name, *_ in trace(finished):
         counts[name] = counts.get(name, 0) + 1
-    assert counts == {"teacher": 6, "assess": 1, "student": 4, "gate": 5}
+    assert counts == {"teacher": 6, "assess": 1, "student": 4, "gate": 5, "thinking": 1}
     for name in ("teacher", "student", "gate"):
         assert (finished / name / "done").exists()
     model, _ = load_checkpoint(finished / "gate")
@@ -160,7 +161,7 @@ def test_non_finite_loss_stops_and_names_the_last_good_state(tmp_path, monkeypat
     arguments = [str(TINY)] + [x for o in [*SMALLER, f"out={tmp_path}", "until=teacher"] for x in ("--set", o)]
     assert main(arguments) == 2
     message = capsys.readouterr().err
-    assert "the loss is nan at step 3" in message and "teacher/state" in message and "optim.lr" in message
+    assert "the loss is nan" in message and "at step 3" in message and "teacher/state" in message and "optim.lr" in message
     assert (tmp_path / "tiny" / "teacher" / "state" / "step-00000002").exists()
 
 
@@ -190,10 +191,11 @@ def test_teacher_cache_runs_the_teacher_once_per_batch_and_forgets_another_teach
     cache = TeacherCache(tmp_path, 16, model)
     rows = [data.batch(i) for i in (0, 1)]
     logits = model(rows[0].tokens, doc_start=rows[0].doc_start).logits.flatten(0, 1).detach()
-    first = float(cache.loss(0, rows[0], logits))
-    cache.loss(1, rows[1], logits)
+    weights = [r.loss_weights.flatten() for r in rows]
+    first = float(cache.loss(0, rows[0], logits, weights[0]))
+    cache.loss(1, rows[1], logits, weights[1])
     again = TeacherCache(tmp_path, 16, model)
-    assert float(again.loss(0, rows[0], logits)) == first
+    assert float(again.loss(0, rows[0], logits, weights[0])) == first
     assert (cache.n_computed, again.n_computed) == (2, 0)
     assert abs(first) / float(rows[0].loss_weights.sum()) < 1e-3  # student equals teacher, targets are stored in half precision
     with torch.no_grad():
@@ -201,12 +203,12 @@ def test_teacher_cache_runs_the_teacher_once_per_batch_and_forgets_another_teach
     assert TeacherCache(tmp_path, 16, model).folder != cache.folder
     next(cache.folder.iterdir()).write_bytes(b"damaged")
     for i in (0, 1):
-        cache.loss(i, rows[i], logits)
+        cache.loss(i, rows[i], logits, weights[i])
     assert cache.n_computed == 3
 
 
 def test_a_run_with_cached_logits_trains(finished, tmp_path):
-    run_to_gate(config(tmp_path, "student.cache_logits=8", "student.distinct_batches=2"))
+    run_to_gate(config(tmp_path, "student.cache_logits=8", "student.distinct_batches=2", "student.align=0"))
     losses = [r[2] for r in trace(tmp_path / "tiny") if r[0] == "student"]
     assert len(losses) == 4 and losses[-1] < losses[0]
 
@@ -258,3 +260,12 @@ def test_learning_rate_warms_up_holds_and_decays():
     c = OptimConfig(warmup=0.1, decay=0.5)
     factors = [lr_factor(i, 100, c) for i in range(100)]
     assert factors[0] == pytest.approx(0.1) and max(factors) == 1.0 and factors[40] == 1.0 and 0 < factors[-1] <= 0.021
+
+
+def test_think_threshold_answers_directly_as_many_as_the_allowed_errors_let_it():
+    p, right = [0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.9], [True, True, False, True, False, True, False]
+    assert stages.think_threshold(p, right, 0.0) == pytest.approx(0.25)
+    assert stages.think_threshold(p, right, 1 / 7) == pytest.approx(0.45)
+    assert stages.think_threshold(p, right, 2 / 7) == pytest.approx(0.7)
+    assert stages.think_threshold(p, right, 1.0) == pytest.approx(0.95)
+    assert stages.think_threshold([0.2], [False], 0.0) == 0.0

@@ -20,7 +20,8 @@ class TokenizerConfig:
 class DataConfig:
     """What a batch holds. Shares are of documents.
 
-    `tasks`: names of the generator's tasks, empty = all. `text`: the user's own files or folders (plain language modelling).
+    `tasks`: names of the generator's tasks, empty = all. `text`: the user's own files or folders (plain text, or conversations in JSONL).
+    `reasoning_gym`: names of that package's data sets, `reasoning_gym_size` problems of each, answered without reasoning.
     `levels_start`, `levels_end`: weights of easy, medium, hard, moved linearly over the first `curriculum` share of the teacher's
     training. `thinking`: share of problems answered with their reasoning. `multi_turn`: share of documents with two to three problems.
     """
@@ -30,6 +31,9 @@ class DataConfig:
     tasks: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
     text_share: float = 0.0
+    reasoning_gym: tuple[str, ...] = ()
+    reasoning_gym_size: int = 2000
+    reasoning_gym_share: float = 0.0
     thinking: float = 0.75
     multi_turn: float = 0.05
     levels_start: tuple[float, float, float] = (0.7, 0.25, 0.05)
@@ -73,7 +77,7 @@ class TeacherConfig:
 @dataclass(frozen=True)
 class StudentConfig:
     """`init`: "teacher" (slow branch = teacher, fast branch from its most important heads and neurons), "scratch" (nothing is
-    copied), "smaller" (a narrower student cut out of the teacher; both branches).
+    copied), "smaller" (fewer heads, neurons or layers of the teacher, of equal d_model; both branches).
 
     `freeze_slow` keeps the slow branch bit for bit. `routes`: shares of all-fast, mixed and all-slow batches. Loss weights: `soft` KL to
     the teacher at `temperature`, `hard` cross-entropy, `align` distance of the fast stream to the slow one.
@@ -97,13 +101,19 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """The gate is fitted on `rows` packed rows run all-slow and all-fast, `steps` full-batch steps, then calibrated on `calibration_rows` held-out ones."""
+    """The gate is fitted on `rows` packed rows run all-slow and all-fast, `steps` steps, then calibrated on `calibration_rows` held-out ones.
+
+    The decision to think is calibrated on `n_problems` held-out problems: as many as possible are answered directly, as long as at most a
+    share `direct_errors` of all problems is answered directly and wrong.
+    """
 
     rows: int = 256
     steps: int = 400
     lr: float = 1e-2
     calibration_rows: int = 64
     default_budget: float = 0.3
+    n_problems: int = 384
+    direct_errors: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,7 @@ class EvaluationConfig:
     n_shifted: int = 20
     budgets: tuple[float, ...] = (0.0, 0.15, 0.3, 0.5, 0.75, 1.0)
     routing_rows: int = 64
-    max_tokens: int = 256
+    max_tokens: int = 448
     batch_size: int = 128
     dense_baseline: bool = True
 
@@ -142,5 +152,10 @@ class RunConfig:
             raise ValueError(f"name is {self.name!r}; it names a folder under out and may not be empty, hidden or hold a slash")
         if self.data.batch_rows % self.teacher.optim.micro_batches or self.data.batch_rows % self.student.optim.micro_batches:
             raise ValueError(f"data.batch_rows ({self.data.batch_rows}) must be a multiple of every optim.micro_batches")
+        s = self.student
+        if s.init == "teacher" and s.freeze_slow and s.routes[2] > 0:
+            raise ValueError(f"student.routes sends {s.routes[2]} of the batches all-slow, which trains nothing while freeze_slow is set; make it 0")
+        if s.cache_logits and (not s.distinct_batches or s.temperature != 1.0 or s.align):
+            raise ValueError("student.cache_logits needs distinct_batches >= 1, temperature 1 and align 0: it stores words, not streams")
         if self.save_every < 1:
             raise ValueError(f"save_every is {self.save_every}; it must be at least 1 step")

@@ -19,7 +19,7 @@ from dualbranch.model import DualBranchModel
 from dualbranch.routing import Grid, Partition, TokenGroup
 
 #: What a student cut out of a teacher must share with it.
-DIALECT = ("vocab_size", "d_model", "n_kv_heads", "head_dim", "activation", "qkv_bias", "qk_norm", "tie_embeddings", "rope_theta", "rope_scaling")
+DIALECT = ("vocab_size", "d_model", "n_kv_heads", "head_dim", "activation", "qkv_bias", "qk_norm", "tie_embeddings", "rope_theta", "rope_scaling", "norm_eps")
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ def init_from_teacher(student: DualBranchModel, teacher: DualBranchModel, rows: 
             raise ValueError(
                 f"model.{name} is {getattr(s, name)} but the teacher has {getattr(t, name)}; a student cut out of it must keep it (or student.init: scratch)"
             )
-    for name in ("n_layers", "n_heads", "d_ff"):
-        if getattr(s, name) > getattr(t, name):
-            raise ValueError(f"model.{name} is {getattr(s, name)}, more than the teacher's {getattr(t, name)}; lower it, or set student.init: scratch")
+    for name, limit in (("n_layers", "n_layers"), ("n_heads", "n_heads"), ("d_ff", "d_ff"), ("fast_n_heads", "n_heads"), ("fast_d_ff", "d_ff")):
+        if getattr(s, name) > getattr(t, limit):
+            raise ValueError(f"model.{name} is {getattr(s, name)}, more than the teacher's {getattr(t, limit)}; lower it, or set student.init: scratch")
     student.embed.load_state_dict(teacher.embed.state_dict())
     student.norm.load_state_dict(teacher.norm.state_dict())
     if student.head is not None:

@@ -28,7 +28,8 @@ def finish() -> None:
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    """Of this process; also after `finish`."""
+    return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
@@ -46,6 +47,11 @@ def total(value: Tensor) -> Tensor:
         value = value.detach().clone()
         dist.all_reduce(value)
     return value
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on any rank, so that all take the same turn."""
+    return bool(total(torch.tensor(float(flag)))) if dist.is_initialized() else flag
 
 
 def shard(model: nn.Module) -> nn.Module:

@@ -31,7 +31,7 @@ def distill_loss(teacher_logits: Tensor, student_logits: Tensor, weights: Tensor
     return (token_kl(teacher_logits, student_logits, temperature) * weights).sum()
 
 
-def top_k_targets(teacher_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def truncated_targets(teacher_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """What the teacher cache stores per token: `ids (N, k)` and log-probabilities `(N, k + 1)`, the last of all other tokens together.
 
     With k = V the tail is log 0 = -inf.
@@ -42,7 +42,7 @@ def top_k_targets(teacher_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return ids, torch.cat([top, tail], dim=-1)
 
 
-def top_k_distill_loss(ids: Tensor, target_log_p: Tensor, student_logits: Tensor, weights: Tensor) -> Tensor:
+def truncated_distill_loss(ids: Tensor, target_log_p: Tensor, student_logits: Tensor, weights: Tensor) -> Tensor:
     """KL over k tokens and one tail bucket, both sides normalised over the whole vocabulary: at most the dense KL, equal to it at k = V.
 
     `ids (N, k)`, `target_log_p (N, k + 1)`, `student_logits (N, V)`, `weights (N,)` -> scalar sum.

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         folder = pipeline.run(load_yaml(args.config, RunConfig, args.set), args.resume)
     except KeyboardInterrupt as stopped:
-        print(f"\n{stopped or 'stopped; the same command with --resume continues'}", file=sys.stderr)
+        print(f"\n{str(stopped) or 'stopped; the same command with --resume continues'}", file=sys.stderr)
         return 130
     except (ValueError, OSError, NonFiniteLoss) as error:
         print(f"train.py: {error}", file=sys.stderr)

@@ -51,13 +51,14 @@ def run(config: RunConfig, resume: bool = False) -> Path:
     dense = None
     if config.evaluation.dense_baseline:
         dense = make_student(config, dense_of_equal_cost(model_config, config.gate.default_budget), folder / "dense", "dense", teacher, tok, log)
+    student = make_gate(config, student, folder / "gate", tok, log)
+    dist.finish()  # what is left is for one process, and takes longer than the others would wait
     if dist.rank() == 0:
-        student = make_gate(config, student, folder / "gate", tok, log)
         if not (folder / "evaluation.json").exists():
+            log.rewind("evaluation", 0)
             results = run_evaluation(config, tok, student, teacher, dense, log)
             write_text(folder / "evaluation.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         write_report(folder)
-    dist.barrier()
     return folder
 
 
@@ -110,7 +111,7 @@ def stage(folder: Path, tok: Tokenizer, make: Callable[[], DualBranchModel]) -> 
 def make_teacher(config: RunConfig, folder: Path, log: MetricsLog) -> tuple[DualBranchModel, Tokenizer]:
     """The configured checkpoint, or one trained here (with a tokenizer of its own)."""
     if config.teacher.checkpoint is not None:
-        loaded = load(config.teacher.checkpoint, dtype=torch.float32)
+        loaded = load(config.teacher.checkpoint)
         return loaded.model, loaded.tokenizer
     path = folder / "tokenizer.model"
     if not path.exists() and dist.rank() == 0:
@@ -127,6 +128,9 @@ def make_student(
     """A student of the given sizes: initialised as the config says, then distilled."""
 
     def make() -> DualBranchModel:
+        if config.student.init == "teacher" and not model_config.is_dense and stages.dense_config(model_config) != stages.dense_config(teacher.config):
+            different = differences(to_dict(stages.dense_config(teacher.config)), to_dict(stages.dense_config(model_config)), "model.")
+            raise ValueError(f"student.init is 'teacher' but the sizes differ ({'; '.join(different)}); match them, or set student.init: smaller")
         student = DualBranchModel(model_config)
         student.init_weights(config.seed + 1)
         if config.student.init != "scratch":

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from dualbranch.chat import render_conversation
 from dualbranch.data.packing import Rows, pack
-from dualbranch.data.problem import LANGS, LEVELS, Problem, sample_problem
+from dualbranch.data.problem import LANGS, LEVELS, Problem, sample_problem, split_of
+from dualbranch.data.reasoning_gym import reasoning_gym_problems
 from dualbranch.data.tasks import TASKS
-from dualbranch.data.text import load_documents
+from dualbranch.data.text import load_examples
 from dualbranch.distill.config import DataConfig
 from dualbranch.tokenizer import Tokenizer
 
@@ -32,7 +33,14 @@ class BatchSource:
         self.config, self.tok, self.seed, self.align, self.split = config, tok, seed, align, split
         self.tasks = list(config.tasks) or list(TASKS)
         self.needs_thinking: Sequence[bool] = ()
-        self.documents = [tok.encode(d) for d in load_documents(config.text, "train" if split == "train" else "valid")] if config.text else []
+        if bool(config.text) != (config.text_share > 0):
+            raise ValueError(f"data.text is {list(config.text)} and data.text_share {config.text_share}; give both or neither")
+        if bool(config.reasoning_gym) != (config.reasoning_gym_share > 0):
+            raise ValueError(f"data.reasoning_gym is {list(config.reasoning_gym)} and reasoning_gym_share {config.reasoning_gym_share}; give both or neither")
+        gym = (p for name in config.reasoning_gym for p in reasoning_gym_problems(name, config.reasoning_gym_size))
+        self.gym = [render_conversation(tok, [p], [False]) for p in gym if split_of(p.key) == split]
+        own = "train" if split == "train" else "valid"
+        self.documents = [d for d in load_examples(tok, config.text, own, config.seq_len) if len(d[0]) <= config.seq_len] if config.text else []
 
     def problem(self, rng: random.Random, progress: float = 1.0) -> Problem:
         """One problem, its level drawn from the curriculum at `progress` in [0, 1] of the training."""
@@ -51,10 +59,9 @@ class BatchSource:
         """One document: ids and the loss weight of predicting each."""
         c = self.config
         if self.documents and rng.random() < c.text_share:
-            ids = rng.choice(self.documents)
-            start = rng.randrange(max(1, len(ids) - c.seq_len // 2))
-            ids = [self.tok.bos_id, *ids[start : start + c.seq_len - 1]]
-            return ids, [0.0] + [1.0] * (len(ids) - 1)
+            return rng.choice(self.documents)
+        if self.gym and rng.random() < c.reasoning_gym_share:
+            return rng.choice(self.gym)
         if self.needs_thinking and rng.random() < 0.5:
             i = rng.randrange(len(self.needs_thinking))
             return render_conversation(self.tok, [self.assessed_problem(i)], [self.needs_thinking[i]], DECISION_WEIGHT)
@@ -66,12 +73,16 @@ class BatchSource:
         """`n_rows` (default `batch_rows`) packed rows; the same step gives the same rows."""
         rng = random.Random(f"{self.seed}:{self.split}:{step}")
         n_rows, length = n_rows or self.config.batch_rows, self.config.seq_len
-        examples, filled = [], 0
+        examples, filled, too_long = [], 0, 0
         while filled < n_rows * length:
             ids, weights = self.example(rng, progress)
             if len(ids) <= length:
                 examples.append((ids, weights))
                 filled += -(-len(ids) // self.align) * self.align
+                continue
+            too_long += 1
+            if too_long > 100 and too_long > len(examples):
+                raise ValueError(f"most documents are longer than data.seq_len = {length} tokens (the last has {len(ids)}); raise it")
         rows = pack(examples, length, self.align, self.tok.pad_id)
         keep = {name: getattr(rows, name)[:n_rows] for name in ("tokens", "targets", "loss_weights", "doc_start")}
         return replace(rows, **keep)

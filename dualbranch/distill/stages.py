@@ -30,7 +30,7 @@ from dualbranch.distill.sources import BatchSource
 from dualbranch.distill.teacher_cache import TeacherCache
 from dualbranch.distill.trainer import Loop, train
 from dualbranch.gate import Calibration
-from dualbranch.generate import generate_batch
+from dualbranch.generate import generate_batch, prefill
 from dualbranch.model import DualBranchModel
 from dualbranch.modes import resolve
 from dualbranch.sampling import SamplingParams
@@ -105,9 +105,9 @@ def assess(model: DualBranchModel, tok: Tokenizer, data: BatchSource, n: int, pa
     log({"stage": "assess", "step": 0, "n_problems": n, "needs_thinking": sum(wrong) / max(1, n)})
 
 
-def direct_answers(model: DualBranchModel, tok: Tokenizer, problems: list[Problem]) -> list[bool]:
-    """Whether each problem is answered correctly without reasoning, all-slow and greedy."""
-    mode, params = resolve("think", thinking="off"), SamplingParams(max_tokens=96)
+def direct_answers(model: DualBranchModel, tok: Tokenizer, problems: list[Problem], mode: str = "think") -> list[bool]:
+    """Whether each problem is answered correctly without reasoning, greedy, by the route of `mode`."""
+    mode, params = resolve(mode, thinking="off"), SamplingParams(max_tokens=96)
     right: list[bool] = []
     for i in range(0, len(problems), 256):
         part = problems[i : i + 256]
@@ -131,24 +131,24 @@ def train_student(
         p.requires_grad_(not n.startswith("gate.") and (not freeze or ".fast." in n))
     dist.shard(student)
     teacher.requires_grad_(False)
-    cache = TeacherCache(folder / "teacher_logits", s.cache_logits, teacher) if s.cache_logits and s.distinct_batches else None
-    aligned = s.align > 0 and cache is None and student.config.d_model == teacher.config.d_model
+    cache = TeacherCache(folder / "teacher_logits", s.cache_logits, teacher) if s.cache_logits else None
+    aligned = s.align > 0 and student.config.d_model == teacher.config.d_model
 
     def batch(step: int) -> Rows:
         return data.batch(step % s.distinct_batches if s.distinct_batches else step)
 
     def loss(rows: Rows, step: int) -> dict[str, Tensor]:
         w, valid = rows.loss_weights.flatten(), (rows.tokens != tok.pad_id).flatten().float()
+        soft_w = w.masked_fill(decides(tok, rows).flatten(), 1.0)  # the teacher's decision counts even where no label does
         out = student(rows.tokens, choose_route(config, step, rows, student.config.is_dense), doc_start=rows.doc_start)
         logits = out.logits.flatten(0, 1)
         losses = {"hard": s.hard * hard_loss(logits, rows.targets.flatten(), w)}
         if cache is not None:
-            losses["soft"] = s.soft * cache.loss(step % s.distinct_batches, rows, logits)
+            losses["soft"] = s.soft * cache.loss(step % s.distinct_batches, rows, logits, soft_w)
             return losses
         with torch.no_grad():
             target = teacher(rows.tokens, doc_start=rows.doc_start)
-        w = w.masked_fill(decides(tok, rows).flatten(), 1.0)  # the teacher's decision counts even where no label does
-        losses["soft"] = s.soft * distill_loss(target.logits.flatten(0, 1), logits, w, s.temperature)
+        losses["soft"] = s.soft * distill_loss(target.logits.flatten(0, 1), logits, soft_w, s.temperature)
         if aligned:
             losses["align"] = s.align * align_loss(out.hidden.flatten(0, 1), target.hidden.flatten(0, 1), valid)
         return losses
@@ -220,6 +220,38 @@ def train_gate(config: RunConfig, tok: Tokenizer, model: DualBranchModel, log: L
     held_out, _ = collect(model, tok, source(config, tok, "valid", purpose=3), c.calibration_rows)
     with torch.no_grad():
         model.calibration = Calibration.measure(gate(held_out), c.default_budget)
+    model.calibration = dataclasses.replace(model.calibration, think_threshold=calibrate_thinking(config, tok, model, log))
+
+
+def calibrate_thinking(config: RunConfig, tok: Tokenizer, model: DualBranchModel, log: Log) -> float:
+    """The P(`<think>`) from which on `auto` reasons, measured on held-out problems as `auto` runs them: routed, greedy."""
+    c, data = config.gate, source(config, tok, "valid", purpose=5)
+    problems = [data.problem(random.Random(f"thinking:{config.seed}:{i}")) for i in range(c.n_problems)]
+    prompts = [render_prompt(tok, [{"role": "user", "content": p.prompt}]) for p in problems]
+    p_think = []
+    for i in range(0, len(prompts), 128):
+        part = prompts[i : i + 128]
+        logits = prefill(model, part, resolve("auto"), model.new_cache(len(part), max(map(len, part)))).logits[:, -1]
+        p_think += torch.sigmoid(logits[:, tok.control["<think>"]] - logits[:, tok.control["</think>"]]).tolist()
+    right = direct_answers(model, tok, problems, "auto")
+    threshold = think_threshold(p_think, right, c.direct_errors)
+    direct = [ok for p, ok in zip(p_think, right, strict=True) if p < threshold]
+    log({"stage": "thinking", "step": 0, "threshold": threshold, "direct": len(direct) / max(1, len(right)), "direct_right": sum(direct) / max(1, len(direct))})
+    return threshold
+
+
+def think_threshold(p_think: list[float], direct_right: list[bool], errors: float) -> float:
+    """The highest threshold below which at most `errors * n` of the n problems are wrong when answered directly; midway between problems."""
+    ranked = sorted(zip(p_think, direct_right, strict=True))
+    allowed, threshold = errors * len(ranked), 0.0
+    for i, (p, right) in enumerate(ranked):
+        allowed -= not right
+        if allowed < 0:
+            break
+        above = ranked[i + 1][0] if i + 1 < len(ranked) else 1.0
+        if above > p:
+            threshold = (p + above) / 2
+    return threshold
 
 
 def collect(model: DualBranchModel, tok: Tokenizer, data: BatchSource, n_rows: int) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from dualbranch.checkpoint import CheckpointError, load_tensors, save_tensors
 from dualbranch.data.packing import Rows
-from dualbranch.distill import dist
-from dualbranch.distill.losses import top_k_distill_loss, top_k_targets
+from dualbranch.distill.losses import truncated_distill_loss, truncated_targets
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -38,10 +37,10 @@ class TeacherCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.n_computed = 0  # batches the teacher had to run
 
-    def targets(self, batch: int, rows: Rows) -> tuple[Tensor, Tensor]:
-        """`ids (n, k)`, `log_p (n, k + 1)` of the tokens of `rows` whose loss weight is not zero, in order."""
-        row_key = int(rows.tokens.sum())  # distinguishes the micro-batches and ranks that share a batch
-        path = self.folder / f"{batch:06d}-{dist.rank()}-{row_key}.safetensors"
+    def targets(self, batch: int, rows: Rows, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """`ids (n, k)`, `log_p (n, k + 1)` of the tokens of `rows` where `keep (R * T,)`, in order."""
+        key = hashlib.sha256(rows.tokens.numpy().tobytes() + keep.numpy().tobytes()).hexdigest()[:12]  # of this part of the batch
+        path = self.folder / f"{batch:06d}-{key}.safetensors"
         if path.exists():
             try:
                 stored = load_tensors(path)
@@ -51,13 +50,12 @@ class TeacherCache:
         self.n_computed += 1
         with torch.no_grad():
             logits = self.teacher(rows.tokens, doc_start=rows.doc_start).logits.flatten(0, 1)
-        ids, log_p = top_k_targets(logits[rows.loss_weights.flatten() > 0], self.k)
+        ids, log_p = truncated_targets(logits[keep], self.k)
         save_tensors(path, {"ids": ids.int(), "log_p": log_p.half()}, {})
         return ids, log_p.half().float()
 
-    def loss(self, batch: int, rows: Rows, student_logits: Tensor) -> Tensor:
-        """Weighted sum of the top-k KL over `rows`; `student_logits (R * T, V)`."""
-        weights = rows.loss_weights.flatten()
+    def loss(self, batch: int, rows: Rows, student_logits: Tensor, weights: Tensor) -> Tensor:
+        """Sum of the top-k KL over `rows` by `weights (R * T,)`; `student_logits (R * T, V)`."""
         keep = weights > 0
-        ids, log_p = self.targets(batch, rows)
-        return top_k_distill_loss(ids, log_p, student_logits[keep], weights[keep])
+        ids, log_p = self.targets(batch, rows, keep)
+        return truncated_distill_loss(ids, log_p, student_logits[keep], weights[keep])

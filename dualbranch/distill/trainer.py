@@ -74,12 +74,12 @@ def train(model: nn.Module, loop: Loop) -> float:
             rows = loop.batch(step)
             set_lr(optimizers, lr_factor(step, loop.n_steps, loop.optim))
             metrics = gradient_step(model, loop, rows, step)
-            if not math.isfinite(metrics["loss"]):
-                raise NonFiniteLoss(
-                    f"stage {loop.name}: the loss is {metrics['loss']} at step {step}; the last good state is in {loop.folder}/state"
-                    f" (--resume continues from it); lower optim.lr (now {loop.optim.lr}) or clip_norm (now {loop.optim.clip_norm})"
-                )
             norm = dist.full(torch.nn.utils.clip_grad_norm_(trained, loop.optim.clip_norm))
+            if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
+                raise NonFiniteLoss(
+                    f"stage {loop.name}: the loss is {metrics['loss']} and the gradient's norm {float(norm)} at step {step}; the last good state"
+                    f" is in {loop.folder}/state. Start another run (--set name=NEW) with a lower optim.lr (now {loop.optim.lr})"
+                )
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -88,9 +88,10 @@ def train(model: nn.Module, loop: Loop) -> float:
             loop.log(metrics)
             report(step, metrics)
             last = step + 1 == loop.n_steps
-            if stopping.is_set() or (step + 1) % loop.save_every == 0 or last:
+            stop = dist.any_rank(stopping.is_set())
+            if stop or (step + 1) % loop.save_every == 0 or last:
                 persist(model, optimizers, loop.folder, step + 1)
-            if stopping.is_set() and not last:
+            if stop and not last:
                 raise Stopped(f"stopped in stage {loop.name} after step {step + 1} of {loop.n_steps}; the same command with --resume continues")
     return time.perf_counter() - started
 
