@@ -41,12 +41,17 @@ def _zero_unseen(k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, Ten
     """k, v cut to the last visible key, with what no query of a row sees set to zero (it may be NaN, and 0 * NaN is NaN)."""
     n = max(plan.max_pos + 1, 1)
     k, v = k[:, :n], v[:, :n]
-    if min(plan.row_max) == n - 1:
+
+    def starts() -> Tensor:
+        return plan.doc_start.masked_fill(plan.q_pos < 0, plan.n_keys).amin(1, keepdim=True)  # (B, 1) first key any query of the row sees
+
+    first = plan.cached("row_first", lambda: starts().flatten().tolist() if plan.has_docs else [0])
+    if min(plan.row_max) == n - 1 and max(first) == 0:
         return k, v
 
     def unseen() -> Tensor:
         s = torch.arange(n, device=k.device)
-        return (s > plan.q_pos.amax(1, keepdim=True))[:, :, None, None]
+        return ((s > plan.q_pos.amax(1, keepdim=True)) | (s < starts()))[:, :, None, None]
 
     unseen = plan.cached("unseen", unseen)
     return k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
