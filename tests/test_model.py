@@ -40,7 +40,7 @@ def columns(route, start: int, end: int):
     return route if isinstance(route, str) else route[:, start:end]
 
 
-def close(a: torch.Tensor, b: torch.Tensor) -> None:
+def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
 
 
@@ -79,7 +79,7 @@ def test_fast_with_all_heads_and_blocks_and_equal_weights_is_slow():
     for i in wide.dual_layers:
         model.blocks[i].fast.load_state_dict(model.blocks[i].slow.state_dict())
     t = tokens(2, 60)
-    close(model(t, "fast").logits, model(t, "slow").logits)
+    assert_close(model(t, "fast").logits, model(t, "slow").logits)
 
 
 @pytest.mark.parametrize("name", ROUTES)
@@ -92,7 +92,7 @@ def test_prefill_equals_chunked_equals_token_by_token(name):
         cache, parts = MODEL.new_cache(2, 45), []
         for i in range(0, 45, chunk):
             parts.append(MODEL(t[:, i : i + chunk], columns(route, i, i + chunk), cache=cache, threshold=THRESHOLD))
-        close(torch.cat([p.logits for p in parts], 1), whole.logits)
+        assert_close(torch.cat([p.logits for p in parts], 1), whole.logits)
         if name == "auto":
             assert torch.equal(torch.cat([p.use_slow for p in parts], 1), whole.use_slow)
             assert 0 < whole.use_slow.float().mean() < 1
@@ -114,8 +114,8 @@ def test_padded_batch_equals_each_sequence_alone(name, lengths, more):
         alone = torch.cat([t[b : b + 1, :length], t[b : b + 1, width:]], 1)
         r = route if isinstance(route, str) else torch.cat([route[b : b + 1, :length], route[b : b + 1, width:]], 1)
         expected = MODEL(alone, r, threshold=THRESHOLD).logits[0]
-        close(first.logits[b, :length], expected[:length])
-        close(second.logits[b], expected[length:])
+        assert_close(first.logits[b, :length], expected[:length])
+        assert_close(second.logits[b], expected[length:])
 
 
 @pytest.mark.parametrize("name", ["slow", "fast", "auto", "soft"])
@@ -125,10 +125,10 @@ def test_no_future_token_changes_a_past_logit_or_gate_decision(name):
     changed = t.clone()
     changed[:, 25:] = (changed[:, 25:] + 7) % 96
     a, b = MODEL(t, name, threshold=THRESHOLD), MODEL(changed, name, threshold=THRESHOLD)
-    close(a.logits[:, :25], b.logits[:, :25])
+    assert_close(a.logits[:, :25], b.logits[:, :25])
     assert (a.logits[:, 25:] - b.logits[:, 25:]).abs().max() > 1e-3
     if a.g is not None:
-        close(a.g[:, :25], b.g[:, :25])
+        assert_close(a.g[:, :25], b.g[:, :25])
 
 
 @torch.no_grad()
@@ -159,8 +159,8 @@ def test_packed_documents_see_only_themselves():
     start = torch.tensor([[0] * 16 + [16] * 21])
     for name in ("slow", "fast", "auto", "soft"):
         packed = MODEL(row, name, doc_start=start, threshold=THRESHOLD).logits
-        close(packed[:, :16], MODEL(a, name, threshold=THRESHOLD).logits)
-        close(packed[:, 16:], MODEL(b, name, threshold=THRESHOLD).logits)
+        assert_close(packed[:, :16], MODEL(a, name, threshold=THRESHOLD).logits)
+        assert_close(packed[:, 16:], MODEL(b, name, threshold=THRESHOLD).logits)
 
 
 @torch.no_grad()
@@ -179,10 +179,10 @@ def test_stale_slots_and_pooled_keys_cannot_leak():
     for store in (*dirty.k, *dirty.v, *dirty.pooled.values()):
         store.fill_(float("nan"))
     for route in ("fast", "slow"):
-        close(MODEL(t, route, cache=clean).logits, MODEL(t, route, cache=dirty).logits)
+        assert_close(MODEL(t, route, cache=clean).logits, MODEL(t, route, cache=dirty).logits)
         for c in (clean, dirty):
             c.truncate(17)
-        close(MODEL(t[:, :9], route, cache=clean).logits, MODEL(t[:, :9], route, cache=dirty).logits)
+        assert_close(MODEL(t[:, :9], route, cache=clean).logits, MODEL(t[:, :9], route, cache=dirty).logits)
         for c in (clean, dirty):
             c.truncate(0)
 
@@ -212,7 +212,7 @@ def test_truncate_then_replay_equals_a_cold_run():
     cache = MODEL.new_cache(1, 64)
     MODEL(t, "fast", cache=cache)
     cache.truncate(11)
-    close(MODEL(t[:, 11:], "fast", cache=cache).logits, MODEL(t, "fast").logits[:, 11:])
+    assert_close(MODEL(t[:, 11:], "fast", cache=cache).logits, MODEL(t, "fast").logits[:, 11:])
 
 
 def test_gradients_reach_every_parameter_in_soft_mode():
