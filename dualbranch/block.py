@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from dualbranch.config import DualBranchConfig
@@ -33,8 +32,8 @@ class KVProjection(nn.Module):
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """`h (N, E)` -> k (rotated), v, each `(N, Hk, D)`."""
-        k = rearrange(self.w_k(h), "n (h d) -> n h d", h=self.n_kv_heads)
-        v = rearrange(self.w_v(h), "n (h d) -> n h d", h=self.n_kv_heads)
+        k = self.w_k(h).unflatten(-1, (self.n_kv_heads, -1))
+        v = self.w_v(h).unflatten(-1, (self.n_kv_heads, -1))
         return apply_rope(self.k_norm(k), cos, sin), v
 
 
@@ -52,13 +51,13 @@ class Branch(nn.Module):
 
     def attend(self, h: Tensor, group: TokenGroup, k: Tensor, v: Tensor, pooled: Tensor | None) -> Tensor:
         """Head outputs `(N, H * D)` before the output matrix, for normed inputs `h (N, E)`."""
-        q = rearrange(self.w_q(h), "n (h d) -> n h d", h=self.n_heads)
+        q = self.w_q(h).unflatten(-1, (self.n_heads, -1))
         q = group.to_grid(apply_rope(self.q_norm(q), group.cos, group.sin))  # (B, Tg, H, D)
         if self.sparse is None:
             y = dense_attention(q, k, v, group.plan)
         else:
             y = sparse_attention(q, k, v, group.plan, self.sparse, pooled)
-        return rearrange(group.from_grid(y), "n h d -> n (h d)")
+        return group.from_grid(y).flatten(1)
 
     def forward(self, x: Tensor, h: Tensor, group: TokenGroup, k: Tensor, v: Tensor, pooled: Tensor | None) -> Tensor:
         """The whole block as this branch computes it: residual stream in `(N, E)`, residual stream out."""

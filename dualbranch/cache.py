@@ -35,6 +35,9 @@ class NoCache:
 
         return store
 
+    def advance(self, use_slow: Tensor | None) -> None:
+        """Nothing is kept."""
+
 
 class KVCache:
     """Contiguous cache of `n_rows` sequences of up to `capacity` tokens each (rounded up to whole selection blocks).
@@ -83,12 +86,6 @@ class KVCache:
             raise CacheFull(f"the cache holds {self.capacity} tokens and {needed} are needed; ask for fewer tokens or a larger capacity (max_seq_len)")
         return CacheWriter(self, n_new, n_cols)
 
-    def advance(self, n_new: Tensor, use_slow: Tensor | None) -> None:
-        """Counts `n_new (B,)` tokens as cached, with their route `use_slow (B, T)` (None = all slow). Mutates the cache."""
-        for b, (start, n) in enumerate(zip(self.n_cached.tolist(), n_new.tolist(), strict=True)):
-            self.from_slow[b, start : start + n] = True if use_slow is None else use_slow[b, :n].cpu()
-        self.n_cached = self.n_cached + n_new
-
 
 class CacheWriter:
     """Where the tokens of one forward pass go, worked out once and used by every layer."""
@@ -96,18 +93,18 @@ class CacheWriter:
     def __init__(self, cache: KVCache, n_new: Tensor, n_cols: int) -> None:
         self.cache = cache
         device, block = cache.k[0].device, cache.config.sparse.block_size
-        start, end = cache.n_cached, cache.n_cached + n_new
-        self.n_keys = int(end.max())
-        t = torch.arange(n_cols)
-        row = torch.arange(cache.n_rows)[:, None]
-        self.valid = (t[None] < n_new[:, None]).flatten()
-        dest = (row * cache.capacity + start[:, None] + t[None]).flatten()
-        self.cells = self.valid.nonzero().squeeze(1).to(device)  # grid cells that hold a token
-        self.dest = dest.to(device)  # flat cache slot of each grid cell
-        self.all_valid = bool(self.valid.all())
-        first, last = start // block, end // block
-        pairs = [(b, n) for b in range(cache.n_rows) for n in range(int(first[b]), int(last[b]))]
-        self.completed = torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2)  # (row, block) newly complete
+        start, self.end = cache.n_cached, cache.n_cached + n_new
+        self.n_keys = int(self.end.max())
+        t, rows = torch.arange(n_cols), torch.arange(cache.n_rows)
+        self.dest = ((rows * cache.capacity + start)[:, None] + t).flatten().to(device)  # flat cache slot of each grid cell
+        self.cells = None  # grid cells that hold a token, None = all
+        if int(n_new.min()) < n_cols:
+            self.cells = (t < n_new[:, None]).flatten().nonzero().squeeze(1).to(device)
+        first = start // block
+        n_completed = self.end // block - first
+        row = rows.repeat_interleave(n_completed)
+        nth = torch.arange(len(row)) - (n_completed.cumsum(0) - n_completed)[row]  # 0, 1, ... within each row
+        self.completed = torch.stack([row, first[row] + nth], 1).to(device)  # (row, block) newly complete
 
     def layer(self, i: int, order: Tensor | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
         """The store of layer `i`; `order` as in `Partition`. Calling it writes into the cache."""
@@ -115,7 +112,7 @@ class CacheWriter:
 
         def store(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
             cells = order
-            if order is None and not self.all_valid:
+            if order is None and self.cells is not None:
                 cells, k, v = self.cells, k[self.cells], v[self.cells]
             dest = self.dest if cells is None else self.dest[cells]
             for full, new in ((cache.k[i], k), (cache.v[i], v)):
@@ -128,3 +125,11 @@ class CacheWriter:
             return cache.k[i][:, : self.n_keys], cache.v[i][:, : self.n_keys], pooled
 
         return store
+
+    def advance(self, use_slow: Tensor | None) -> None:
+        """Counts the tokens as cached, with their route `use_slow (B, T)` (None = all slow). Mutates the cache."""
+        dest = self.dest if self.cells is None else self.dest[self.cells]
+        if use_slow is not None:
+            use_slow = (use_slow.flatten() if self.cells is None else use_slow.flatten()[self.cells]).cpu()
+        self.cache.from_slow.view(-1)[dest.cpu()] = True if use_slow is None else use_slow
+        self.cache.n_cached = self.end

@@ -44,24 +44,25 @@ class Rope(nn.Module):
         super().__init__()
         self.freq, self.amplitude = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.max_seq_len = config.max_seq_len
-        self._table: Tensor | None = None  # (2, n, D/2) fp32: cos, sin
+        self._table: Tensor | None = None  # (2, n, 1, D) fp32: cos, and sin with its sign
 
     def forward(self, positions: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
-        """cos and sin `(..., D/2)` fp32 at integer `positions (...)`, all below `n_positions`."""
+        """What `apply_rope` takes, cos and sin `(..., 1, D)` fp32, at integer `positions (...)`, all below `n_positions`."""
         table = self._table
         if table is None or table.shape[1] < n_positions or table.device != positions.device:
             n = min(max(256, 1 << (n_positions - 1).bit_length()), max(self.max_seq_len, n_positions))
             angle = torch.arange(n, dtype=torch.float64)[:, None] * self.freq[None]
-            table = (torch.stack([angle.cos(), angle.sin()]) * self.amplitude).float().to(positions.device)
-            self._table = table
+            table = torch.stack([torch.cat([angle.cos(), angle.cos()], 1), torch.cat([-angle.sin(), angle.sin()], 1)]) * self.amplitude
+            self._table = table = table[:, :, None].float().to(positions.device)
         return table[0][positions], table[1][positions]
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates `x (N, H, D)` by `cos, sin (N, D/2)`: pairs are (i, i + D/2), the convention of Llama checkpoints."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    """Rotates `x (N, H, D)`: pairs are (i, i + D/2), the convention of Llama checkpoints.
+
+    `cos (N, 1, D)` holds each pair's cosine twice, `sin` its sine, negative in the first half: `x * cos + swapped halves * sin`.
+    """
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
 
 
 class FeedForward(nn.Module):

@@ -123,8 +123,7 @@ class DualBranchModel(nn.Module):
         for i in range(c.n_layers - c.n_tail, c.n_layers):
             x = self.blocks[i](x, all_slow, keys.layer(i, None))
 
-        if cache is not None:
-            cache.advance(n_new, use_slow)
+        keys.advance(use_slow)
         x = x.view(B, T, -1)
         if last_only:
             last = (n_new - 1).clamp(min=0).to(x.device)

@@ -20,7 +20,7 @@ class TokenGroup:
 
     `cells (N,)`: flat index `b * T + t` of each token, or None when the group is the whole grid in order.
     `slots (N,)`: flat index in the group's own `(B, Tg)` query grid (rows padded to the longest), None with `cells`.
-    `cos, sin (N, D/2)`: rotary factors at each token's position. `shape` is `(B, Tg)`.
+    `cos, sin (N, 1, D)`: rotary factors at each token's position. `shape` is `(B, Tg)`.
     """
 
     plan: AttentionPlan
@@ -47,7 +47,7 @@ class TokenGroup:
 class Grid:
     """The whole input of one forward pass: key-axis position and document start of each of the B x T tokens.
 
-    `q_pos (B, T)` int64 is -1 at padding. `cos, sin (B*T, D/2)`. Mutates nothing.
+    `q_pos (B, T)` int64 is -1 at padding. `cos, sin (B*T, 1, D)`. Mutates nothing.
     """
 
     q_pos: Tensor
@@ -63,11 +63,13 @@ class Grid:
     def subset(self, cells: Tensor) -> TokenGroup:
         """The tokens at flat grid indices `cells (N,)`, ascending, N >= 1."""
         B, T = self.q_pos.shape
-        row = cells // T
-        n_in_row = torch.bincount(row, minlength=B)
-        width = int(n_in_row.max())
-        first = n_in_row.cumsum(0) - n_in_row  # index of each row's first token in the flat order
-        slots = row * width + torch.arange(cells.numel(), device=cells.device) - first[row]
+        width, slots = 1, cells
+        if T > 1:
+            row = cells // T
+            n_in_row = torch.bincount(row, minlength=B)
+            width = int(n_in_row.max())
+            first = n_in_row.cumsum(0) - n_in_row  # index of each row's first token in the flat order
+            slots = row * width + torch.arange(cells.numel(), device=cells.device) - first[row]
         q_pos = self.q_pos.new_full((B * width,), -1).index_copy(0, slots, self.q_pos.flatten()[cells]).view(B, width)
         doc_start = None
         if self.doc_start is not None:

@@ -3,13 +3,15 @@
 Ways through, chosen by shape alone:
 - dense: `is_causal` SDPA for a whole prefix, otherwise masked SDPA in chunks of queries;
 - masked: sparse with a mask per KV head, for rows so short that a mask costs less than gathering;
-- gathered: each query gathers the keys it reads; for decode and for verifying a draft, where reading little is what counts
-  (`_decode_rows` is the same for one or two single queries on a CPU);
+- by index: each query names the rows of the key table it reads, and nothing is copied; for decode on a CPU, dense and sparse;
+- gathered: the same with copies of what is read; for decode elsewhere, and where gradients are wanted;
 - by row (`_by_row`): prefill of longer rows. Queries that see few keys use a mask over just those keys; the rest meet
   only the blocks they read.
 Arguments are checked already. bf16 on a CPU is computed in fp32, which is far faster there.
 """
 
+import warnings
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -27,8 +29,7 @@ MASKED_ELEMENTS = 1 << 19  # rows with T * S up to this take the masked way
 TRIMMED_RATIO = 2.5  # in the by-row way, a mask beats turning round until a query sees this many times the keys it reads
 TRIMMED_QUERIES = 128  # queries per mask there: small, so that keys after them are trimmed off
 DENSE_QUERIES = 1024
-GATHERED_QUERIES = 16  # calls with up to this many queries per row gather
-LOOPED_ROWS = 2  # decode of up to this many rows treats each by itself; above, one gather for all costs less
+FEW_QUERIES = 16  # calls with up to this many queries per row go by index or gather
 CHUNK_ELEMENTS = 1 << 22  # elements of the largest buffer in the tiled way; 16 MiB fp32, small enough that malloc reuses it
 BAND_TILE = 64
 
@@ -74,6 +75,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Ten
         return _sdpa(q, k, v, is_causal=True).to(dtype)
     if plan.q_pos.numel() == 1 and not plan.has_docs:  # decode of one sequence sees a slice
         return _sdpa(q, k[:, : plan.max_pos + 1], v[:, : plan.max_pos + 1]).to(dtype)
+    if q.shape[1] == 1 and _indexable(q, k, v):
+        return _dense_by_index(q, k, v, plan).to(dtype)
     k, v = _zero_unseen(k, v, plan)
     q = _zero_padding(q, plan)
     out = [_sdpa(q[:, t0:t1], k[:, lo:hi], v[:, lo:hi], _chunk_mask(plan, t0, t1, lo, hi)) for t0, t1, lo, hi in _chunks(plan)]
@@ -121,71 +124,6 @@ def _chunk_mask(plan: AttentionPlan, t0: int, t1: int, lo: int, hi: int) -> Tens
     return build()
 
 
-def _decode_rows(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor | None) -> Tensor:
-    """Sparse, one query per row, on a CPU. Rows differ in length, so each is a slice of its own: no mask, no copy.
-
-    Bounds are Python numbers of the plan, which keeps a step down to a few dozen small tensor operations.
-    """
-    B, T, H, D = q.shape
-    Hk = k.shape[2]
-    starts = plan.cached("starts", lambda: plan.doc_start[:, 0].tolist() if plan.has_docs else [0] * B)
-    rows = []
-    for b in range(B):
-        lo, hi = starts[b], plan.row_max[b] + 1
-        if hi == 0:
-            rows.append(torch.zeros(H, D, dtype=_compute(q).dtype))
-            continue
-        qg = _compute(q[b, 0]).reshape(Hk, H // Hk, D)
-        if hi - 1 - lo < spec.dense_len:
-            kb, vb, mask = _compute(k[b, lo:hi]).transpose(0, 1), _compute(v[b, lo:hi]).transpose(0, 1), None  # (Hk, S, D)
-        else:
-            kb, vb, mask = _read_for_decode(qg, k[b], v[b], None if pooled is None else pooled[b], lo, hi, spec)
-        scores = torch.bmm(qg * D**-0.5, kb.transpose(1, 2))
-        if mask is not None:
-            scores = scores.masked_fill(mask, float("-inf"))
-        rows.append(torch.bmm(scores.softmax(-1), vb).reshape(H, D))
-    return torch.stack(rows).unsqueeze(1)
-
-
-def _read_for_decode(q: Tensor, k: Tensor, v: Tensor, pooled: Tensor | None, lo: int, hi: int, spec: SparseSpec) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The keys and values that one sparse query q (Hk, G, D) at hi - 1 reads from k, v (S, Hk, D), each (Hk, L, D), and what to mask.
-
-    Sinks and window are slices; only the chosen blocks are gathered. The mask (Hk, 1, L) hides chosen keys that those slices hold already.
-    """
-    S, Hk, D = k.shape
-    bs, M = spec.block_size, spec.n_selected_blocks
-    window_start = max(lo, hi - spec.window)
-    sink_stop = min(lo + spec.n_sinks, window_start)
-    first = max(-(-lo // bs), (lo + spec.n_sinks) // bs)
-    stop = min(hi // bs, (hi - 1 - spec.window) // bs + 1)  # as _selectable_range
-    k_parts, v_parts = [[x[a:z].transpose(0, 1) for a, z in ((lo, sink_stop), (window_start, hi)) if z > a] for x in (k, v)]
-    mask = None
-    if M and stop > first:
-        if pooled is None:
-            pooled = pool_keys(k[:hi].detach().unsqueeze(0), bs)[0]
-        ids = _best_of_range(upcast(q.detach()).sum(1), upcast(pooled[first:stop].detach()), M) + first  # (Hk, M)
-        keys = (ids[:, :, None] * bs + torch.arange(bs)).flatten(1)
-        row = (keys * Hk + torch.arange(Hk)[:, None]).flatten()
-        for parts, x in ((k_parts, k), (v_parts, v)):
-            parts.append(x.reshape(S * Hk, D).index_select(0, row).view(Hk, -1, D))
-        if stop * bs > window_start or first * bs < lo + spec.n_sinks:
-            held = (keys >= window_start) | (keys < lo + spec.n_sinks)
-            mask = F.pad(held, (sink_stop - lo + hi - window_start, 0)).unsqueeze(1)
-    return _compute(torch.cat(k_parts, 1)), _compute(torch.cat(v_parts, 1)), mask
-
-
-def _best_of_range(q_sum: Tensor, pooled: Tensor, M: int) -> Tensor:
-    """ids (Hk, min(M, n)) of the M best of n blocks, in any order; ties go to the lower id. q_sum (Hk, D), pooled (n, Hk, D)."""
-    n, Hk, _ = pooled.shape
-    if n <= M:
-        return torch.arange(n).expand(Hk, -1)
-    scores = torch.bmm(pooled.transpose(0, 1), q_sum.unsqueeze(2)).squeeze(2)
-    values, ids = scores.topk(M + 1, dim=-1)
-    if (values[:, M - 1] == values[:, M]).any():
-        ids = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return ids[:, :M]
-
-
 # --- selection -----------------------------------------------------------------------------------------------------
 
 
@@ -212,18 +150,22 @@ def _best_blocks(scores: Tensor, q_pos: Tensor, doc_start: Tensor, spec: SparseS
     first, stop = _selectable_range(q_pos, doc_start, spec)
     n = torch.arange(N, device=scores.device)
     scores.masked_fill_(((n < first) | (n >= stop)).unsqueeze(2), float("-inf"))
-    if scores.is_cuda or N <= M:
+    values, ids = _best(scores, M)
+    ids = torch.sort(ids.masked_fill(values == float("-inf"), N), dim=-1).values
+    ids = ids.masked_fill_(ids == N, -1)
+    return F.pad(ids, (0, M - ids.shape[-1]), value=-1)
+
+
+def _best(scores: Tensor, M: int) -> tuple[Tensor, Tensor]:
+    """Values and ids of the M best along the last axis of scores (..., N), all of them if N <= M; ties go to the lower id."""
+    if scores.is_cuda or scores.shape[-1] <= M:
         values, ids = torch.sort(scores, dim=-1, descending=True, stable=True)
-        values, ids = values[..., :M], ids[..., :M]
     else:
         values, ids = scores.topk(M + 1, dim=-1)
         tied = (values[..., M - 1] == values[..., M]) & (values[..., M] > float("-inf"))  # topk breaks ties at will
         if tied.any():
             ids[tied] = torch.sort(scores[tied], dim=-1, descending=True, stable=True).indices[..., : M + 1]
-        values, ids = values[..., :M], ids[..., :M]
-    ids = torch.sort(ids.masked_fill(values == float("-inf"), N), dim=-1).values
-    ids = ids.masked_fill_(ids == N, -1)
-    return F.pad(ids, (0, M - ids.shape[-1]), value=-1)
+    return values[..., :M], ids[..., :M]
 
 
 def _selectable_range(q_pos: Tensor, doc_start: Tensor, spec: SparseSpec) -> tuple[Tensor, Tensor]:
@@ -242,14 +184,14 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec:
     B, T, H, D = q.shape
     if plan.all_dense(spec.dense_len):
         return dense_attention(q, k, v, plan)
-    if T == 1 and B <= LOOPED_ROWS and q.device.type == "cpu":
-        return _decode_rows(q, k, v, plan, spec, pooled).to(q.dtype)
-    if T > GATHERED_QUERIES and T * (plan.max_pos + 1) > MASKED_ELEMENTS:
+    if T > FEW_QUERIES and T * (plan.max_pos + 1) > MASKED_ELEMENTS:
         return _by_row(q, k, v, plan, spec, pooled)
     if pooled is None:
         pooled = pool_keys(k.detach(), spec.block_size)
+    if T <= FEW_QUERIES and _indexable(q, k, v):
+        return _sparse_by_index(q, k, v, plan, spec, pooled)
     block_ids = select_blocks(q, pooled, plan, spec)
-    way = _gathered if T <= GATHERED_QUERIES else _masked
+    way = _gathered if T <= FEW_QUERIES else _masked
     return way(_compute(q), _compute(k) if way is _masked else k, _compute(v) if way is _masked else v, plan, spec, block_ids).to(q.dtype)
 
 
@@ -314,6 +256,147 @@ def _window_and_sinks(plan: AttentionPlan, spec: SparseSpec) -> tuple[int, Tenso
         is_dense = q_pos - doc_start < spec.dense_len
         keys, keep = torch.where(is_dense, dense_keys, keys), torch.where(is_dense, dense_keys <= q_pos, keep)
     return keys.shape[-1], keys.unsqueeze(2), (keep & (q_pos >= 0).expand_as(keep)).unsqueeze(2)
+
+
+# --- by index ------------------------------------------------------------------------------------------------------
+# Keys are seen as a table (R, D) of one row per token and KV head, and a query as a list of row numbers. Scores are a sampled
+# product (only the named entries of q @ table.T), the weighted sum is an embedding bag. Rows of a batch may differ in length and
+# queries may be any few of them: only what is read costs anything.
+
+
+def _indexable(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    token_major = k.stride() == v.stride() and k.stride()[1:] == (k.shape[2] * k.shape[3], k.shape[3], 1)
+    return q.device.type == "cpu" and q.dtype == torch.float32 and token_major and not trained
+
+
+def _table(x: Tensor) -> Tensor:
+    """x (B, S, Hk, D), maybe a slice of a longer cache, as (R, D): token s of row b, head hk, is row `_row_starts(x)[b] + s * Hk + hk`."""
+    B, S, Hk, D = x.shape
+    return x.as_strided(((B - 1) * (x.stride(0) // D) + S * Hk, D), (D, 1))
+
+
+def _row_starts(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[0], device=x.device) * (x.stride(0) // x.shape[3])
+
+
+def _valid(plan: AttentionPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The n queries that are not padding: flat index b * T + t, row b, q_pos, doc_start, each (n,)."""
+
+    def build() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        index = (plan.q_pos >= 0).flatten().nonzero().squeeze(1)
+        return index, index // plan.q_pos.shape[1], plan.q_pos.flatten()[index], plan.doc_start.flatten()[index]
+
+    return plan.cached("valid", build)
+
+
+def _pattern(index: Tensor, hidden: Tensor, n_groups: int, table: Tensor) -> Tensor:
+    """Sparse (n * Hk * G, R) of what each query head reads: 0 at the rows index (n, Hk, L) of `table`, -inf where hidden (n, Hk or 1, L)."""
+    n, Hk, L = index.shape
+    bias = torch.where(hidden, float("-inf"), 0.0).expand(n, Hk, L)
+    index, bias = (x.unsqueeze(2).expand(n, Hk, n_groups, L).flatten() for x in (index, bias))
+    ends = torch.arange(0, index.numel() + 1, L, device=index.device)
+    _hush_beta_warning()
+    return torch.sparse_csr_tensor(ends, index, bias, (n * Hk * n_groups, table.shape[0]), check_invariants=False)
+
+
+@cache
+def _hush_beta_warning() -> None:
+    """Makes the process's first sparse CSR tensor, the one PyTorch warns about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
+
+
+def _scores(q: Tensor, table: Tensor, pattern: Tensor, scale: float) -> Tensor:
+    """(rows of q, L): `scale * q . row + pattern` for the rows that pattern names. q (..., D)."""
+    q = q.reshape(pattern.shape[0], -1)
+    return torch.sparse.sampled_addmm(pattern, q, table.t(), alpha=scale).values().view(len(q), -1)
+
+
+def _read(q: Tensor, k: Tensor, v: Tensor, pattern: Tensor, plan: AttentionPlan) -> Tensor:
+    """Attention of the valid queries q (n, H, D) over what pattern names in k and v -> (B, T, H, D), zero at padding."""
+    B, T = plan.q_pos.shape
+    p = _scores(q, _table(k), pattern, q.shape[-1] ** -0.5).softmax(-1)
+    out = F.embedding_bag(pattern.col_indices().view(p.shape), _table(v), mode="sum", per_sample_weights=p).view(q.shape)
+    if plan.has_padding:
+        out = out.new_zeros(B * T, *out.shape[1:]).index_copy_(0, _valid(plan)[0], out)
+    return out.view(B, T, *out.shape[1:])
+
+
+def _valid_queries(q: Tensor, plan: AttentionPlan) -> Tensor:
+    """(n, H, D) from q (B, T, H, D)."""
+    q = q.flatten(0, 1)
+    return q.index_select(0, _valid(plan)[0]) if plan.has_padding else q
+
+
+def _dense_by_index(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    def build() -> Tensor:
+        _, row, q_pos, doc_start = _valid(plan)
+        keys = doc_start[:, None] + torch.arange(plan.max_rel + 1, device=k.device)  # (n, L)
+        hidden = keys > q_pos[:, None]
+        rows = _row_starts(k)[row][:, None] + torch.where(hidden, q_pos[:, None], keys) * k.shape[2]
+        heads = torch.arange(k.shape[2], device=k.device)
+        return _pattern(rows.unsqueeze(1) + heads[:, None], hidden.unsqueeze(1), q.shape[2] // k.shape[2], _table(k))
+
+    pattern = plan.cached(("dense by index", q.shape[2], k.shape, k.stride()), build)
+    return _read(_valid_queries(q, plan), k, v, pattern, plan)
+
+
+class _Candidates(NamedTuple):
+    """What is known of n sparse queries' reads before any score. Table rows are those of head 0 until `heads` is added."""
+
+    fixed: Tensor  # (n, Hk, L) rows read whatever is chosen
+    fixed_hidden: Tensor  # (n, 1, L) which of them only fill up
+    blocks: Tensor | None  # pattern (n * Hk, N) over the pooled keys: selectable blocks; None where nothing is to choose or all are taken
+    n_blocks: int  # N, most selectable blocks of a query
+    first_row: Tensor  # (n, Hk, 1) row of the first selectable block's first key
+    low: Tensor  # (n, Hk, 1) rows below are read as sinks
+    high: Tensor  # (n, Hk, 1) rows from here on are in the window, or not in a selectable block
+    own: Tensor  # (n, Hk, 1) row of the query's own key
+
+
+def _candidates(k: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSpec) -> _Candidates:
+    _, row, q_pos, doc_start = (x[:, None, None] for x in _valid(plan))
+    Hk, bs = k.shape[2], spec.block_size
+    heads = torch.arange(Hk, device=k.device)[:, None]
+    start = _row_starts(k)[row] + heads  # (n, Hk, 1)
+    own = start + q_pos * Hk
+    _, keys, keep = _window_and_sinks(plan, spec)
+    keys, keep = (_valid_queries(x, plan) for x in (keys, keep))  # (n, 1, L)
+    fixed = torch.where(keep, start + keys * Hk, own)
+    first, stop = _selectable_range(q_pos, doc_start, spec)
+    n_blocks = max(0, int((stop - first).max())) if spec.n_selected_blocks else 0
+    blocks = None
+    if n_blocks > spec.n_selected_blocks:
+        n = first + torch.arange(n_blocks, device=k.device)
+        unused = n >= stop
+        n = torch.where(unused, torch.minimum(first, stop - 1).clamp(min=0), n)
+        blocks = _pattern(_row_starts(pooled)[row] + n * Hk + heads, unused, 1, _table(pooled))
+    low, high = start + (doc_start + spec.n_sinks) * Hk, start + torch.minimum(q_pos - spec.window + 1, stop * bs) * Hk
+    return _Candidates(fixed, ~keep, blocks, n_blocks, start + first * bs * Hk, low, high, own)
+
+
+def _sparse_by_index(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor) -> Tensor:
+    B, T, H, D = q.shape
+    Hk, bs, pooled = k.shape[2], spec.block_size, pooled.contiguous()
+    shared = (spec, k.shape, k.stride(), pooled.stride())
+    c = plan.cached(("candidates", *shared), lambda: _candidates(k, pooled, plan, spec))
+    q = _valid_queries(q, plan)
+    if not c.n_blocks:
+        pattern = plan.cached(("fixed", H, *shared), lambda: _pattern(c.fixed, c.fixed_hidden, H // Hk, _table(k)))
+        return _read(q, k, v, pattern, plan)
+    if c.blocks is None:
+        ids = torch.arange(c.n_blocks, device=q.device).expand(*c.own.shape[:2], -1)
+    else:
+        scores = _scores(q.view(-1, Hk, H // Hk, D).sum(2), _table(pooled), c.blocks, 1.0)
+        ids = _best(scores.view(*c.own.shape[:2], -1), spec.n_selected_blocks)[1]  # (n, Hk, M), counted from the first selectable block
+    within = torch.arange(0, bs * Hk, Hk, device=q.device)
+    chosen = (c.first_row.unsqueeze(3) + (ids * (bs * Hk)).unsqueeze(3) + within).flatten(2)
+    hidden = (chosen < c.low) | (chosen >= c.high)
+    index = torch.cat([c.fixed, torch.where(hidden, c.own, chosen)], 2)
+    pattern = _pattern(index, torch.cat([c.fixed_hidden.expand(-1, Hk, -1), hidden], 2), H // Hk, _table(k))
+    return _read(q, k, v, pattern, plan)
 
 
 # --- by row --------------------------------------------------------------------------------------------------------

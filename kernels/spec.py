@@ -52,34 +52,31 @@ class AttentionPlan:
         self.n_keys = int(n_keys)
         self.doc_start = torch.zeros_like(self.q_pos) if doc_start is None else doc_start.long()
         self._cache: dict[Any, Any] = {}
-        self._summarise()
+        self._summarise(doc_start is not None)
 
-    def _summarise(self) -> None:
+    def _summarise(self, has_doc_start: bool) -> None:
         """Reads back, in one transfer, the facts that steer control flow."""
         B, T = self.q_pos.shape
         if B == 0 or T == 0:
             raise ValueError(f"q_pos must hold at least one query, got shape {(B, T)}")
-        rel = self.q_pos - self.doc_start
-        pad = self.q_pos < 0
-        arange = torch.arange(T, device=self.q_pos.device)
-        facts = [
-            self.q_pos.min(),
-            self.doc_start.min(),
-            self.doc_start.masked_fill(pad, 0).max(),
-            rel.masked_fill(pad, self.n_keys).min(),
-            rel.masked_fill(pad, -1).max(),
-            (self.q_pos == arange).all().long(),
-        ]
-        values = torch.cat([torch.stack(facts), self.q_pos.amax(1)]).tolist()
-        lowest, doc_min, doc_max, self.min_rel, self.max_rel, is_arange = values[:6]
-        self.row_max: list[int] = values[6:]  # row_max[b] = last key any query of row b sees, -1 = none
+        rel, pad = self.q_pos - self.doc_start, self.q_pos < 0
+        facts = {"lowest": self.q_pos.amin(), "min_rel": rel.masked_fill(pad, self.n_keys).amin()}
+        if has_doc_start:
+            facts["max_rel"], facts["doc_min"] = rel.masked_fill(pad, -1).amax(), self.doc_start.amin()
+            facts["doc_max"] = self.doc_start.masked_fill(pad, 0).amax()
+        if self.n_keys == T:
+            facts["is_arange"] = (self.q_pos == torch.arange(T, device=self.q_pos.device)).all().long()
+        values = torch.cat([torch.stack(list(facts.values())), self.q_pos.amax(1)]).tolist()
+        known = dict(zip(facts, values, strict=False))
+        self.row_max: list[int] = values[len(facts) :]  # row_max[b] = last key any query of row b sees, -1 = none
         self.max_pos = max(self.row_max)
-        self.has_padding = lowest < 0
-        self.has_docs = doc_max > 0
-        self.is_prefix = bool(is_arange) and not self.has_docs and self.n_keys == T
-        if lowest < -1 or self.max_pos >= self.n_keys:
-            raise ValueError(f"q_pos must lie in [-1, n_keys = {self.n_keys}), got [{lowest}, {self.max_pos}]")
-        if doc_min < 0 or self.min_rel < 0:
+        self.min_rel, self.max_rel = known["min_rel"], known.get("max_rel", self.max_pos)
+        self.has_padding = known["lowest"] < 0
+        self.has_docs = known.get("doc_max", 0) > 0
+        self.is_prefix = bool(known.get("is_arange")) and not self.has_docs
+        if known["lowest"] < -1 or self.max_pos >= self.n_keys:
+            raise ValueError(f"q_pos must lie in [-1, n_keys = {self.n_keys}), got [{known['lowest']}, {self.max_pos}]")
+        if known.get("doc_min", 0) < 0 or self.min_rel < 0:
             raise ValueError("doc_start must lie in [0, q_pos]")
 
     def all_dense(self, dense_len: int) -> bool:
