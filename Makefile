@@ -14,11 +14,13 @@ export PYTHONUTF8 = 1
 DEMO_PROMPTS = "Lily buys 7 shirts at 24 dollars each and 7 melons at 87 dollars each and pays 800 dollars. What is the change?" \
                "鸡兔同笼，共134个头，436条腿。鸡和兔各有多少只？"
 
-.PHONY: help demo test lint teacher install clean
+.PHONY: help demo test parity aot lint teacher install clean
 
 help:
 	@echo "make demo      train from configs/small.yaml (resumes), ask in the three modes, show the report"
 	@echo "make test      run the test suite; ARGS='-k cache -x' goes to pytest"
+	@echo "make parity    hold the Triton kernels equal to the reference on thousands of drawn shapes (interpreter; about an hour)"
+	@echo "make aot       compile every Triton kernel for sm_80 and sm_90 without a GPU; fails if registers spill"
 	@echo "make lint      ruff"
 	@echo "make teacher   train the shipped teacher again from configs/small-teacher.yaml (50 minutes)"
 	@echo "make install   only create $(VENV) and install; PYTHON=python3.12 chooses the interpreter"
@@ -35,6 +37,12 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest $(ARGS)
+
+parity: $(STAMP)
+	HYPOTHESIS_PROFILE=many $(PY) -m pytest tests/test_*triton*.py $(ARGS)
+
+aot: $(STAMP)
+	env -u TRITON_INTERPRET $(PY) -m kernels.aot --target sm_80 sm_90 $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -23,6 +23,7 @@ from dualbranch.gate import check_budget
 from dualbranch.generate import Event, Generation, prompt_ids, stream
 from dualbranch.modes import MODES, ROUTES, THINKING, Mode, resolve
 from dualbranch.sampling import SamplingParams
+from kernels.backend import BACKENDS, set_backend
 
 if TYPE_CHECKING:
     from dualbranch.checkpoint import LoadedModel
@@ -65,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", metavar="TEXT", help="reply to this and exit; - reads stdin")
     p.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
     p.add_argument("--device", metavar="DEVICE", help="cpu, cuda, ... (default: cuda where there is one)")
+    p.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes attention; auto: Triton on a GPU, else plain PyTorch (default: auto)")
     knobs = p.add_argument_group("knobs of a mode")
     knobs.add_argument("--route", choices=ROUTES, help="which branch computes")
     knobs.add_argument("--thinking", choices=THINKING, help="whether a reasoning block comes first")
@@ -119,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("the prompt is empty; give --prompt TEXT, or pipe text in")
     if text is None and args.json:
         raise ValueError("--json needs a prompt; give --prompt TEXT, or pipe text in")
+    set_backend(args.backend)
     loaded, name = load_model(args.model, args.device)
     if text is None:
         out = Printer(sys.stdout, args.show_gate)

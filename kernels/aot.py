@@ -33,6 +33,7 @@ CHECKED_HEAD_DIMS = (64, 128)
 HEAD_DIM_NAMES = ("D", "HEAD_DIM", "head_dim")
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)", re.MULTILINE)
+_STRIDE = re.compile(r"stride|_s[a-z]$")
 _WIDTH = re.compile(r"\.(64|128)(?:\.|$)")
 _TENSOR_CORE = {"HMMA": "hmma", "HGMMA": "wgmma", "IMMA": "imma", "IGMMA": "wgmma", "UTCHMMA": "tcgen05", "DMMA": "dmma"}
 
@@ -114,8 +115,9 @@ def compile_case(module: str, index: int, target: str) -> Report:
     report = Report(target, module.rpartition(".")[2], kernel.__name__, label, dict(options), head_dim)
     start = time.perf_counter()
     full = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
-    # what a launch would find out by itself: tensors begin at multiples of 16 bytes, and so do rows of a head_dim that is a multiple of 16
-    aligned = [i for i, (name, kind) in enumerate(full.items()) if kind.startswith("*") or ("stride" in name and kind != "constexpr")]
+    # what a launch finds out by itself: tensors begin at multiples of 16 bytes, and so do rows of a head_dim that is a multiple of 16
+    aligned = [i for i, p in enumerate(kernel.params) if full[p.name].startswith("*") or (_STRIDE.search(p.name) and full[p.name] == "i32")]
+    aligned = [i for i in aligned if not kernel.params[i].do_not_specialize]
     source = ASTSource(kernel, full, constexprs, {(i,): [["tt.divisibility", 16]] for i in aligned})
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=dict(options))
@@ -137,9 +139,8 @@ def disassemble(cubin: bytes) -> tuple[int, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([knobs.nvidia.cuobjdump.path, flag, file.name], capture_output=True, text=True, check=True).stdout for flag in ("-res-usage", "-sass")
-        )
+        tool = knobs.nvidia.cuobjdump.path
+        usage, sass = (subprocess.run([tool, x, file.name], capture_output=True, text=True, check=True).stdout for x in ("-res-usage", "-sass"))
     return int(re.search(r"REG:(\d+)", usage).group(1)), sass
 
 
@@ -150,9 +151,7 @@ def compile_all(targets: Iterable[str], modules: Iterable[str], match: str = "",
         yield from pool.map(compile_case, *zip(*todo, strict=True)) if todo else ()
 
 
-HEADER = (
-    "| target | kernel | configuration | warps, stages | registers | spilled bytes (stores, loads) | shared KiB | programs per SM | tensor core | global loads by bytes |"
-)
+HEADER = "| target | kernel | configuration | warps, stages | registers | spilled bytes | shared KiB | programs per SM | tensor core | global loads by bytes |"
 
 
 def table_row(r: Report) -> str:

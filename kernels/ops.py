@@ -3,15 +3,38 @@
 Shapes and rules: docs/architecture.md, "Attention ops". Definition: `reference.py`.
 """
 
+import torch
 from torch import Tensor
 
-from kernels import blockwise, reference
+from kernels import blockwise, paged_reference, reference
 from kernels.backend import get_backend
+from kernels.paged import PagedKV, check_paged
 from kernels.spec import AttentionPlan, SparseSpec
 
+FEW_QUERIES = 16  # on a GPU, calls with up to this many queries per row split the keys over programs instead of the queries
 
-def _impl():
-    return reference if get_backend() == "reference" else blockwise
+
+def _impl(q: Tensor):
+    """The module that computes this call. Triton is imported here and not before."""
+    name = get_backend(q)
+    if name == "triton":
+        from kernels import triton_ops
+
+        return triton_ops
+    return reference if name == "reference" else blockwise
+
+
+def _decode(q: Tensor, *others: Tensor | None):
+    """The decode kernels where they serve this call: few queries per row, nothing to differentiate; else None."""
+    if q.shape[1] > FEW_QUERIES or get_backend(q) != "triton" or _wants_grad(q, *others):
+        return None
+    from kernels import decode_triton
+
+    return decode_triton
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def pool_keys(k: Tensor, block_size: int) -> Tensor:
@@ -23,7 +46,7 @@ def pool_keys(k: Tensor, block_size: int) -> Tensor:
         raise ValueError(f"k must be (B, S, Hk, D), got {tuple(k.shape)}")
     if block_size < 1:
         raise ValueError(f"block_size must be >= 1, got {block_size}")
-    return reference.pool_keys(k, block_size)
+    return (_impl(k) if get_backend(k) == "triton" else reference).pool_keys(k, block_size)
 
 
 def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSpec) -> Tensor:
@@ -35,7 +58,7 @@ def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSp
     """
     _check_q(q, plan)
     _check_pooled(q, pooled, plan, spec)
-    return _impl().select_blocks(q, pooled, plan, spec)
+    return _impl(q).select_blocks(q, pooled, plan, spec)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
@@ -45,7 +68,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Ten
     """
     _check_q(q, plan)
     _check_kv(q, k, v, plan)
-    return _impl().dense_attention(q, k, v, plan)
+    decode = _decode(q, k, v)
+    return decode.dense_decode(q, k, v, plan) if decode else _impl(q).dense_attention(q, k, v, plan)
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor | None = None) -> Tensor:
@@ -62,7 +86,53 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec:
             raise ValueError(f"pooled has {pooled.shape[2]} KV heads, k has {k.shape[2]}")
     if plan.has_docs:
         _check_doc_start(plan, spec)
-    return _impl().sparse_attention(q, k, v, plan, spec, pooled)
+    decode = _decode(q, k, v)
+    return decode.sparse_decode(q, k, v, plan, spec, pooled) if decode else _impl(q).sparse_attention(q, k, v, plan, spec, pooled)
+
+
+def paged_dense_attention(q: Tensor, kv: PagedKV, plan: AttentionPlan) -> Tensor:
+    """`dense_attention` of q (B, T, H, D) over keys and values in pages; the plan's n_keys is `kv.n_keys`. No gradients."""
+    _check_q(q, plan)
+    check_paged(q, kv, plan)
+    _check_no_grad(q, kv)
+    name = get_backend(q)
+    if name == "triton":
+        from kernels import decode_triton
+
+        return decode_triton.paged_dense_attention(q, kv, plan)
+    if name == "reference":
+        return paged_reference.paged_dense_attention(q, kv, plan)
+    return blockwise.dense_attention(q, *_gathered(q, kv), plan)
+
+
+def paged_sparse_attention(q: Tensor, kv: PagedKV, plan: AttentionPlan, spec: SparseSpec) -> Tensor:
+    """`sparse_attention` of q (B, T, H, D) over keys and values in pages, choosing blocks by their pooled keys. No gradients."""
+    _check_q(q, plan)
+    check_paged(q, kv, plan, spec)
+    if plan.has_docs:
+        _check_doc_start(plan, spec)
+    _check_no_grad(q, kv)
+    name = get_backend(q)
+    if name == "triton":
+        from kernels import decode_triton
+
+        return decode_triton.paged_sparse_attention(q, kv, plan, spec)
+    if name == "reference":
+        return paged_reference.paged_sparse_attention(q, kv, plan, spec)
+    pooled = paged_reference.gather_pages(kv.pooled_pages, kv.page_table)
+    return blockwise.sparse_attention(q, *_gathered(q, kv), plan, spec, pooled)
+
+
+def _gathered(q: Tensor, kv: PagedKV) -> tuple[Tensor, Tensor]:
+    """k, v (B, S, Hk, D) of kv's rows, end to end, in q's dtype. A copy of the whole cache: plain PyTorch reads no page tables."""
+    pairs = ((kv.k_pages, kv.k_scale), (kv.v_pages, kv.v_scale))
+    k, v = (paged_reference.gather_pages(pages, kv.page_table, scale).to(q.dtype) for pages, scale in pairs)
+    return k, v
+
+
+def _check_no_grad(q: Tensor, kv: PagedKV) -> None:
+    if _wants_grad(q, kv.k_pages, kv.v_pages):
+        raise ValueError("attention over pages has no gradient; call it under torch.no_grad(), or train with k and v as tensors")
 
 
 def _check_q(q: Tensor, plan: AttentionPlan) -> None:

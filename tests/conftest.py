@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
 import torch
+from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels then run on the CPU, one program after the other
 
 from dualbranch.config import DualBranchConfig
 from dualbranch.gate import Calibration
@@ -13,7 +18,16 @@ from dualbranch.model import DualBranchModel
 from dualbranch.tokenizer import Tokenizer
 from kernels import SparseSpec
 
+MANY = os.environ.get("HYPOTHESIS_PROFILE") == "many"  # `make parity`
+settings.register_profile("many", max_examples=1000, deadline=None)
+if MANY:
+    settings.load_profile("many")
 torch.set_num_threads(1)  # tests are many tiny operations, and other jobs share the cores: waiting for a second thread costs 10x
+
+
+def drawn(n: int) -> int:
+    """max_examples of a test that draws shapes for the Triton kernels: n, or 1000 with HYPOTHESIS_PROFILE=many."""
+    return 1000 if MANY else n
 
 
 def make_tiny_tokenizer(vocab_size: int = 400) -> Tokenizer:
