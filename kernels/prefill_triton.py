@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.sort_triton import INTERPRETED, smallest
 from kernels.spec import AttentionPlan, SparseSpec
 from kernels.tiles import EVERYTHING, Tiles, make_tiles
 
@@ -29,7 +30,7 @@ def union_kernel(
     order,  # (B, n_tiles * BT) int32
     union_ids, union_words, n_union,  # (B, HK, n_tiles, BT * M) int32 twice, (B, HK, n_tiles) int32
     T, HK, n_tiles,
-    M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr,
+    M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, COUNTING: tl.constexpr,
 ):  # fmt: skip
     """Ascending ids of the blocks that the tile's queries chose, and for each the set of these queries as a word."""
     tile, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -38,7 +39,7 @@ def union_kernel(
     row = (b.to(tl.int64) * T + query) * HK + h
     ids = tl.load(block_ids + row[:, None] * M + m[None, :], mask=(query >= 0)[:, None] & (m < M)[None, :], other=-1)
     pair = tl.where(ids >= 0, ids * BT + slot[:, None], NO_BLOCK)  # (BT, MP): sorted by block, then by query
-    pair = tl.sort(tl.reshape(pair, (BT * MP,)))
+    pair = tl.reshape(smallest(tl.reshape(pair, (1, BT * MP)), BT * MP, COUNTING), (BT * MP,))
     i = tl.arange(0, BT * MP)
     before = tl.gather(pair, tl.maximum(i - 1, 0), 0)
     used = pair != NO_BLOCK
@@ -108,16 +109,16 @@ def union_part(union_ids, union_words, n, c0, BN: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def online_softmax(total, m, l, q, k, v, mask, scale):
+def online_softmax(total, m, norm, q, k, v, mask, scale):
     """Takes one tile of keys into the running softmax; scores are in powers of two. m starts finite, so no NaN arises."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (rows, keys)
     s = tl.where(mask, s, float("-inf"))
     new_m = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s - new_m[:, None])
     shrink = tl.exp2(m - new_m)
-    l = l * shrink + tl.sum(p, 1)
+    norm = norm * shrink + tl.sum(p, 1)
     total = tl.dot(p.to(v.dtype), v, total * shrink[:, None], input_precision="ieee")
-    return total, new_m, l
+    return total, new_m, norm
 
 
 # --- forward -------------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def forward_kernel(
     rows = load_rows(q, query.to(tl.int64) * q_st + head * q_sh, valid, 1, D, BD)  # (BT * GP, BD)
     total = tl.zeros((BT * GP, BD), tl.float32)
     m = tl.full((BT * GP,), -1e30, tl.float32)
-    l = tl.zeros((BT * GP,), tl.float32)
+    norm = tl.zeros((BT * GP,), tl.float32)
 
     first = tl.min(tl.where(query >= 0, low, 2147483647), 0)
     stop = tl.max(pos, 0) + 1
@@ -150,7 +151,7 @@ def forward_kernel(
         key = k0 + tl.arange(0, BN)
         inside = key < stop
         mask = (key[None, :] <= pos[:, None]) & (key[None, :] >= low[:, None])
-        total, m, l = online_softmax(total, m, l, rows, load_rows(k, key, inside, k_ss, D, BD), load_rows(v, key, inside, v_ss, D, BD), mask, scale)
+        total, m, norm = online_softmax(total, m, norm, rows, load_rows(k, key, inside, k_ss, D, BD), load_rows(v, key, inside, v_ss, D, BD), mask, scale)
 
     if SPARSE:
         last = tl.max(limit, 0)
@@ -158,7 +159,7 @@ def forward_kernel(
             key = k0 + tl.arange(0, 16)
             inside = (key < start + n_sinks) & (key <= last)
             mask = inside[None, :] & (key[None, :] <= limit[:, None])
-            total, m, l = online_softmax(total, m, l, rows, load_rows(k, key, inside, k_ss, D, BD), load_rows(v, key, inside, v_ss, D, BD), mask, scale)
+            total, m, norm = online_softmax(total, m, norm, rows, load_rows(k, key, inside, k_ss, D, BD), load_rows(v, key, inside, v_ss, D, BD), mask, scale)
 
     if M > 0:
         at = (b * HK + h).to(tl.int64) * n_tiles + tile
@@ -166,13 +167,13 @@ def forward_kernel(
         for c0 in tl.range(0, n * BLOCK, BN):
             key, word, inside = union_part(union_ids + at * BT * M, union_words + at * BT * M, n, c0, BN, BLOCK)
             mask = (((word[None, :] >> slot[:, None]) & 1) != 0) & (key >= start + n_sinks)[None, :] & (key[None, :] <= limit[:, None])
-            total, m, l = online_softmax(total, m, l, rows, load_rows(k, key, inside, k_ss, D, BD), load_rows(v, key, inside, v_ss, D, BD), mask, scale)
+            total, m, norm = online_softmax(total, m, norm, rows, load_rows(k, key, inside, k_ss, D, BD), load_rows(v, key, inside, v_ss, D, BD), mask, scale)
 
-    result = total / tl.where(l > 0, l, 1.0)[:, None]
+    result = total / tl.where(norm > 0, norm, 1.0)[:, None]
     row = (b64 * T + query) * (HK * GROUP) + h * GROUP + head
     d = tl.arange(0, BD)
     tl.store(out + row[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
-    tl.store(lse + row, m + tl.log2(tl.where(l > 0, l, 1.0)), mask=valid)
+    tl.store(lse + row, m + tl.log2(tl.where(norm > 0, norm, 1.0)), mask=valid)
 
 
 def launch_config(head_dim: int, group: int, dtype: torch.dtype) -> dict:
@@ -202,7 +203,7 @@ def make_union(block_ids: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]
         grid = (tiles.n_tiles, Hk, B)
         union_kernel[grid](
             block_ids, tiles.order, ids, words, n, T, Hk, tiles.n_tiles,
-            M=M, MP=triton.next_power_of_2(M), BT=tiles.size, num_warps=4,
+            M=M, MP=triton.next_power_of_2(M), BT=tiles.size, COUNTING=INTERPRETED, num_warps=4,
         )  # fmt: skip
     return ids, words, n
 
@@ -231,3 +232,41 @@ def forward(
         M=M, GROUP=G, GP=triton.next_power_of_2(G), D=D, BD=padded_dim(D), BLOCK=block, SPARSE=spec is not None, **config,
     )  # fmt: skip
     return out, lse, tiles, union
+
+
+AOT_SHAPES = [(64, 1), (64, 2), (64, 4), (64, 7), (64, 16), (96, 3), (128, 2), (128, 4), (128, 8), (256, 4)]  # (head_dim, group)
+
+
+def aot_shapes():
+    """(head_dim, group, dtype) of the prefill kernels' ahead-of-time cases."""
+    for head_dim, group in AOT_SHAPES:
+        yield head_dim, group, torch.bfloat16
+    yield 64, 2, torch.float16
+    yield 64, 2, torch.float32
+    yield 128, 4, torch.float32
+
+
+TYPE_NAME = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+STRIDES = ("q_sb", "q_st", "q_sh", "k_sb", "k_ss", "k_sh", "v_sb", "v_ss", "v_sh")
+TABLES = ("order", "tile_pos", "tile_start", "union_ids", "union_words", "n_union")
+
+
+def aot_cases():
+    """(kernel, signature, constexprs, options, label) of what `kernels.aot` compiles ahead of time."""
+    for bt, m in ((32, 16), (16, 16), (4, 32)):
+        pointers = dict.fromkeys(("block_ids", "order", "union_ids", "union_words", "n_union"), "*i32")
+        constexprs = {"M": m, "MP": triton.next_power_of_2(m), "BT": bt, "COUNTING": False}
+        yield union_kernel, pointers | dict.fromkeys(("T", "HK", "n_tiles"), "i32"), constexprs, {"num_warps": 4, "num_stages": 3}, f"union bt{bt} m{m}"
+    for head_dim, group, dtype in aot_shapes():
+        name = TYPE_NAME[dtype]
+        signature = dict.fromkeys(("q", "k", "v", "out"), f"*{name}") | {"lse": "*fp32"} | dict.fromkeys(TABLES, "*i32")
+        signature |= dict.fromkeys((*STRIDES, "T", "HK", "n_tiles", "window", "n_sinks", "dense_len"), "i32") | {"scale": "fp32"}
+        constexprs, options = forward_constants(head_dim, group, dtype)
+        for kind, extra in (("sparse", {"M": 16, "SPARSE": True}), ("dense", {"M": 0, "SPARSE": False})):
+            yield forward_kernel, signature, constexprs | extra, options, f"prefill forward {kind} {name} d{head_dim} g{group}"
+
+
+def forward_constants(head_dim: int, group: int, dtype: torch.dtype, block: int = 16) -> tuple[dict, dict]:
+    config = launch_config(head_dim, group, dtype)
+    options = {x: config.pop(x) for x in ("num_warps", "num_stages")}
+    return config | {"GROUP": group, "GP": triton.next_power_of_2(group), "D": head_dim, "BD": padded_dim(head_dim), "BLOCK": block}, options

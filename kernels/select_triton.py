@@ -1,0 +1,162 @@
+"""Block selection of many queries: scores and the best blocks in one kernel, memory linear in T. Called by `triton_ops.py`.
+
+A program serves a tile of queries of one KV head and never holds more than BN scores per query. Two passes over the
+pooled keys: the first keeps, per column of the tile, the largest score seen; the M-th largest of these is a floor that at
+least M blocks reach. The second collects the blocks above the floor, a few more than M, in a small buffer; when it fills
+up, it is cut to its M best, which raises the floor. Scores and ids are packed into one 64-bit key, best first, so ties go
+to the lower id. The arithmetic of both passes is the same, bit for bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.prefill_triton import TYPE_NAME, aot_shapes, by_rows, padded_dim
+from kernels.sort_triton import INTERPRETED, smallest
+from kernels.spec import AttentionPlan, SparseSpec
+from kernels.tiles import make_tiles
+
+UNUSED = tl.constexpr(2**63 - 1)
+LOWEST = tl.constexpr(-(2**31))
+SCRATCH_BYTES = 1 << 26  # most scratch memory of one launch
+
+
+@triton.jit
+def block_scores(q_sum, pooled, n, seen, stop, pooled_sn, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
+    """(BT, BN) scores as int32 in the order of the numbers; LOWEST where a query may not select the block."""
+    d = tl.arange(0, BD)
+    block = tl.load(pooled + n[:, None] * pooled_sn + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)  # (BN, BD)
+    score = tl.dot(q_sum, tl.trans(block), input_precision=PRECISION)
+    score = tl.where(score == 0.0, 0.0, score)  # no -0.0
+    bits = score.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(n[None, :] < stop[:, None], ordered, LOWEST)
+
+
+@triton.jit
+def cut_to_best(buffer, count, M: tl.constexpr, MP: tl.constexpr, CAP: tl.constexpr, COUNTING: tl.constexpr):
+    """(BT, MP) best keys of each query's buffer, UNUSED past the M-th."""
+    c = tl.arange(0, CAP)
+    tl.debug_barrier()  # the program's own stores become readable
+    keys = tl.load(buffer[:, None] + c[None, :], mask=c[None, :] < count[:, None], other=UNUSED)
+    tl.debug_barrier()
+    best = smallest(keys, MP, COUNTING)
+    return tl.where((tl.arange(0, MP) < M)[None, :], best, UNUSED)
+
+
+@triton.jit
+def select_kernel(
+    q,  # (B, T, H, D) by strides
+    pooled,  # (B, N, HK, D) fp32 by strides; rows that no query may select can hold anything
+    block_ids,  # (B, T, HK, M) int32, ascending, -1 = unused, at the end
+    buffers,  # scratch: CAP int64 per query of the launch
+    order, tile_pos, tile_start,  # tiles of plan (see tiles.py)
+    q_sb, q_st, q_sh, pooled_sb, pooled_sn, pooled_sh,
+    T, HK, n_tiles, tile0, window, n_sinks, dense_len,
+    M: tl.constexpr, MP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, COUNTING: tl.constexpr,
+):  # fmt: skip
+    tile, h, b = tile0 + tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot, d, column = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BN)
+    at = b * n_tiles + tile
+    query = tl.load(order + at * BT + slot)
+    pos = tl.load(tile_pos + at * BT + slot)
+    start = tl.load(tile_start + at)
+    b64 = b.to(tl.int64)
+    pooled += b64 * pooled_sb + h * pooled_sh
+    # selectable blocks are one range [first, stop): complete, in the document, not wholly in the sinks or the window
+    first = tl.maximum((start + BLOCK - 1) // BLOCK, (start + n_sinks) // BLOCK)
+    stop = tl.minimum((pos + 1) // BLOCK, tl.maximum(pos - window + BLOCK, 0) // BLOCK)
+    stop = tl.where((query >= 0) & (pos - start >= dense_len), stop, 0)  # (BT,)
+    last = tl.max(stop, 0)
+
+    q += b64 * q_sb + (h * GROUP) * q_sh
+    q_rows = q + query.to(tl.int64)[:, None] * q_st + d[None, :]
+    q_mask = (query >= 0)[:, None] & (d < D)[None, :]
+    q_sum = tl.zeros((BT, BD), tl.float32)
+    for g in range(GROUP):
+        q_sum += tl.load(q_rows + g * q_sh, mask=q_mask, other=0.0).to(tl.float32)
+
+    floor = tl.full((BT,), LOWEST, tl.int32)  # a block is collected if its score is above
+    if last - first > BN:
+        top = tl.full((BT, BN), LOWEST, tl.int32)
+        for n0 in tl.range(first, last, BN):
+            n = n0 + column
+            top = tl.maximum(top, block_scores(q_sum, pooled, n, n < last, stop, pooled_sn, D, BD, PRECISION))
+        best = smallest(~top, MP, COUNTING)  # ~x turns the order round
+        floor = ~tl.max(tl.where((tl.arange(0, MP) < M)[None, :], best, LOWEST), 1)
+        floor = tl.maximum(floor, LOWEST + 1) - 1
+
+    program = (b * tl.num_programs(1) + h).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    buffer = buffers + (program * BT + slot) * CAP
+    count = tl.zeros((BT,), tl.int32)
+    for n0 in tl.range(first, last, BN):
+        n = n0 + column
+        score = block_scores(q_sum, pooled, n, n < last, stop, pooled_sn, D, BD, PRECISION)
+        found = (score > floor[:, None]).to(tl.int32)
+        n_found = tl.sum(found, 1)
+        if tl.max(count + n_found, 0) > CAP:
+            kept = cut_to_best(buffer, count, M, MP, CAP, COUNTING)
+            m = tl.arange(0, MP)
+            tl.store(buffer[:, None] + m[None, :], kept, mask=(m[None, :] < count[:, None]) & (m < M)[None, :])
+            worst = tl.max(tl.where((m < M)[None, :], kept, -UNUSED), 1)
+            floor = tl.where(count >= M, (~(worst >> 32)).to(tl.int32), floor)
+            count = tl.minimum(count, M)
+            found = (score > floor[:, None]).to(tl.int32)
+            n_found = tl.sum(found, 1)
+        place = count[:, None] + tl.cumsum(found, 1) - 1
+        key = ((~score).to(tl.int64) << 32) | n[None, :].to(tl.int64)  # ascending: best score first, then the lower id
+        tl.store(buffer[:, None] + place, key, mask=found > 0)
+        count += n_found
+
+    m = tl.arange(0, MP)
+    ids = tl.full((BT, MP), -1, tl.int32)
+    if last > first:
+        kept = cut_to_best(buffer, count, M, MP, CAP, COUNTING)
+        ids = smallest(tl.where(kept == UNUSED, 0x7FFFFFFF, kept.to(tl.int32)), MP, COUNTING)
+        ids = tl.where(ids == 0x7FFFFFFF, -1, ids)
+    tl.store(block_ids + ((b64 * T + query) * HK + h)[:, None] * M + m[None, :], ids, mask=(query >= 0)[:, None] & (m < M)[None, :])
+
+
+def launch_config(head_dim: int, n_selected_blocks: int) -> dict:
+    """BT queries against BN blocks at a time; a buffer of CAP >= M + BN keys per query.
+
+    "ieee" products run on the ordinary cores; "tf32x3" on the tensor cores, to about 1e-6 of the score.
+    """
+    columns = max(64, 2 * triton.next_power_of_2(n_selected_blocks))
+    return {"BT": 32, "BN": columns, "CAP": 2 * columns, "PRECISION": "tf32x3", "num_warps": 4, "num_stages": 2}
+
+
+def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSpec) -> Tensor:
+    """block_ids (B, T, Hk, M) int32 of q (B, T, H, D) against pooled (B, N, Hk, D): what `reference.select_blocks` defines."""
+    q, pooled = by_rows(q.detach()), by_rows(pooled.detach().float())
+    B, T, H, D = q.shape
+    Hk, M = pooled.shape[2], spec.n_selected_blocks
+    ids = torch.full((B, T, Hk, M), -1, dtype=torch.int32, device=q.device)
+    if M == 0 or plan.all_dense(spec.dense_len) or pooled.shape[1] == 0:
+        return ids
+    config = launch_config(D, M)
+    tiles = make_tiles(plan, config["BT"], spec.window, spec.dense_len)
+    step = min(tiles.n_tiles, max(1, SCRATCH_BYTES // (8 * B * Hk * config["BT"] * config["CAP"])))
+    buffers = torch.empty(B * Hk * step * config["BT"] * config["CAP"], dtype=torch.int64, device=q.device)
+    for tile0 in range(0, tiles.n_tiles, step):
+        select_kernel[(min(step, tiles.n_tiles - tile0), Hk, B)](
+            q, pooled, ids, buffers, tiles.order, tiles.pos, tiles.start, *q.stride()[:3], *pooled.stride()[:3],
+            T, Hk, tiles.n_tiles, tile0, spec.window, spec.n_sinks, spec.dense_len,
+            M=M, MP=triton.next_power_of_2(M), GROUP=H // Hk, D=D, BD=padded_dim(D), BLOCK=spec.block_size, COUNTING=INTERPRETED, **config,
+        )  # fmt: skip
+    return ids
+
+
+def aot_cases():
+    """(kernel, signature, constexprs, options, label) of what `kernels.aot` compiles ahead of time."""
+    pointers = {"pooled": "*fp32", "buffers": "*i64"} | dict.fromkeys(("block_ids", "order", "tile_pos", "tile_start"), "*i32")
+    numbers = ("q_sb", "q_st", "q_sh", "pooled_sb", "pooled_sn", "pooled_sh", "T", "HK", "n_tiles", "tile0", "window", "n_sinks", "dense_len")
+    for head_dim, group, dtype in aot_shapes():
+        for m in (16, 32) if head_dim <= 128 and dtype == torch.bfloat16 else (16,):
+            constexprs = launch_config(head_dim, m)
+            options = {x: constexprs.pop(x) for x in ("num_warps", "num_stages")}
+            constexprs |= {"M": m, "MP": triton.next_power_of_2(m), "GROUP": group, "D": head_dim, "BD": padded_dim(head_dim), "BLOCK": 16, "COUNTING": False}
+            signature = {"q": f"*{TYPE_NAME[dtype]}"} | pointers | dict.fromkeys(numbers, "i32")
+            yield select_kernel, signature, constexprs, options, f"select {TYPE_NAME[dtype]} d{head_dim} g{group} m{m}"
