@@ -56,13 +56,15 @@ def _load_rows(ptr, offsets, ok, D: tl.constexpr, BLOCK_D: tl.constexpr):
     mask = ok[:, None]
     if D != BLOCK_D:
         mask = mask & (d < D)[None, :]
-    return tl.load(tl.multiple_of(ptr, 16) + offsets[:, None] + d[None, :], mask=mask, other=0)
+    return tl.load(ptr + offsets[:, None] + d[None, :], mask=mask, other=0)
 
 
 @triton.jit
-def _attend(q, acc, m, total, valid, k, v, k_scale, v_scale, scale, INT8: tl.constexpr):
+def _attend(q, acc, m, total, valid, k, v, k_scale, v_scale, scale, INT8: tl.constexpr, UPCAST: tl.constexpr):
     """One tile of keys into the running softmax: acc (R, BLOCK_D) and total (R) are relative to the maximum m (R), in powers of two."""
-    if INT8:
+    if UPCAST:
+        q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
+    elif INT8:
         k, v = k.to(q.dtype), v.to(q.dtype)  # exact: int8 fits into 8 bits of significand
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (R, BLOCK_S)
     if INT8:
@@ -202,6 +204,7 @@ def sparse_kernel(
     T, n_pages_per_row, stride_row, stride_key, stride_head, n_sinks, window, dense_len, keys_per_split, n_splits, scale,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
     M: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr, PER_PAGE: tl.constexpr, INT8: tl.constexpr, HAS_DOCS: tl.constexpr, SPLIT: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One group's queries at one position over their list of keys: window, then sinks, then chosen blocks (or, below dense_len, everything).
 
@@ -221,7 +224,7 @@ def sparse_kernel(
     g, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     out_row = index * G + g
     q_mask = (g < G)[:, None] & (d < D)[None, :]
-    q = tl.load(tl.multiple_of(q_ptr, 16) + out_row.to(tl.int64)[:, None] * D + d[None, :], mask=q_mask, other=0)  # (BLOCK_R, BLOCK_D)
+    q = tl.load(q_ptr + out_row.to(tl.int64)[:, None] * D + d[None, :], mask=q_mask, other=0)  # (BLOCK_R, BLOCK_D)
     acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     m = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
@@ -246,7 +249,7 @@ def sparse_kernel(
         k, v = _load_rows(k_ptr, offsets, ok, D, BLOCK_D), _load_rows(v_ptr, offsets, ok, D, BLOCK_D)
         k_scale = tl.load(k_scale_ptr + row * HK + hk, mask=ok, other=0) if INT8 else scale
         v_scale = tl.load(v_scale_ptr + row * HK + hk, mask=ok, other=0) if INT8 else scale
-        acc, m, total = _attend(q, acc, m, total, ok[None, :], k, v, k_scale, v_scale, scale, INT8)
+        acc, m, total = _attend(q, acc, m, total, ok[None, :], k, v, k_scale, v_scale, scale, INT8, UPCAST)
     _store(acc, m, total, out_row, g < G, split, out_ptr, part_ptr, stat_ptr, n_splits, D, BLOCK_D, SPLIT)
 
 
@@ -256,6 +259,7 @@ def dense_kernel(
     T, n_pages_per_row, stride_row, stride_key, stride_head, keys_per_split, n_splits, scale,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
     PAGED: tl.constexpr, PER_PAGE: tl.constexpr, INT8: tl.constexpr, HAS_DOCS: tl.constexpr, SPLIT: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """All T queries of one group over every key they see. Program (b * HK + hk, split, tile of the T * G query rows)."""
     b, hk, split = tl.program_id(0) // HK, tl.program_id(0) % HK, tl.program_id(1)
@@ -273,7 +277,7 @@ def dense_kernel(
     d = tl.arange(0, BLOCK_D)
     out_row = ((b * T + t) * HK + hk) * G + g
     q_mask = row_ok[:, None] & (d < D)[None, :]
-    q = tl.load(tl.multiple_of(q_ptr, 16) + out_row.to(tl.int64)[:, None] * D + d[None, :], mask=q_mask, other=0)  # (BLOCK_R, BLOCK_D)
+    q = tl.load(q_ptr + out_row.to(tl.int64)[:, None] * D + d[None, :], mask=q_mask, other=0)  # (BLOCK_R, BLOCK_D)
     acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     m = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
@@ -290,7 +294,7 @@ def dense_kernel(
         k, v = _load_rows(k_ptr, offsets, ok, D, BLOCK_D), _load_rows(v_ptr, offsets, ok, D, BLOCK_D)
         k_scale = tl.load(k_scale_ptr + row * HK + hk, mask=ok, other=0) if INT8 else scale
         v_scale = tl.load(v_scale_ptr + row * HK + hk, mask=ok, other=0) if INT8 else scale
-        acc, m, total = _attend(q, acc, m, total, valid & ok[None, :], k, v, k_scale, v_scale, scale, INT8)
+        acc, m, total = _attend(q, acc, m, total, valid & ok[None, :], k, v, k_scale, v_scale, scale, INT8, UPCAST)
     _store(acc, m, total, out_row, row_ok, split, out_ptr, part_ptr, stat_ptr, n_splits, D, BLOCK_D, SPLIT)
 
 
@@ -307,7 +311,7 @@ def merge_kernel(part_ptr, stat_ptr, out_ptr, n_splits, D: tl.constexpr, BLOCK_D
         place = row * n_splits + split
         m_part = tl.load(stat_ptr + place * 2, mask=split < n_splits, other=float("-inf"))
         l_part = tl.load(stat_ptr + place * 2 + 1, mask=split < n_splits, other=0)
-        part = tl.load(tl.multiple_of(part_ptr, 16) + place[:, None] * D + d[None, :], mask=(split < n_splits)[:, None] & (d < D)[None, :], other=0)
+        part = tl.load(part_ptr + place[:, None] * D + d[None, :], mask=(split < n_splits)[:, None] & (d < D)[None, :], other=0)
         m_new = tl.maximum(m, tl.max(m_part, 0))
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         weight, alpha = tl.exp2(m_part - shift), tl.exp2(m - shift)
@@ -340,7 +344,9 @@ def launch_config(kernel: str, head_dim: int, group: int, n_queries: int = 1, dt
     block_s = 64 if block_d <= 128 else 32
     if dtype == torch.float32:  # no tensor cores: both factors of a product sit in registers
         block_r, block_s = 16, 32 if block_d <= 64 else 16
-    return {"BLOCK_R": block_r, "BLOCK_D": block_d, "BLOCK_S": block_s, "num_warps": 4, "num_stages": 2}
+    # UPCAST: Triton's interpreter multiplies the bits of a bf16 as if they were integers
+    # sparse: a split is a tile or two, nothing to run ahead of; dense: two tiles on their way keep the memory busy
+    return {"BLOCK_R": block_r, "BLOCK_D": block_d, "BLOCK_S": block_s, "num_warps": 4, "num_stages": 2 if kernel == "sparse" else 3}
 
 
 def split_keys(n_keys: int, n_programs: int, block_s: int) -> tuple[int, int]:
@@ -453,7 +459,7 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, pooled: Tensor, plan: AttentionPlan
         q, k, v, k_scale, v_scale, table, block_ids, *_positions(plan), out, part, stat,
         T, n_pages_per_row, *_units(k), n_sinks, window, spec.dense_len, keys_per_split, n_splits, D**-0.5 * LOG2_E.value,
         HK=Hk, G=H // Hk, D=D, M=M, BLOCK_SIZE=spec.block_size, PAGED=kv is not None, PER_PAGE=k.shape[1] if kv is not None else 1,
-        INT8=k.dtype == torch.int8, HAS_DOCS=plan.has_docs, SPLIT=n_splits > 1, **config, **options,
+        INT8=k.dtype == torch.int8, HAS_DOCS=plan.has_docs, SPLIT=n_splits > 1, UPCAST=q.device.type == "cpu", **config, **options,
     )  # fmt: skip
     return _merge(out, part, stat, n_splits)
 
@@ -472,7 +478,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, kv: PagedKV | N
         q, k, v, k_scale, v_scale, table, *_positions(plan), out, part, stat,
         T, n_pages_per_row, *_units(k), keys_per_split, n_splits, D**-0.5 * LOG2_E.value,
         HK=Hk, G=H // Hk, D=D, PAGED=kv is not None, PER_PAGE=k.shape[1] if kv is not None else 1,
-        INT8=k.dtype == torch.int8, HAS_DOCS=plan.has_docs, SPLIT=n_splits > 1, **config, **options,
+        INT8=k.dtype == torch.int8, HAS_DOCS=plan.has_docs, SPLIT=n_splits > 1, UPCAST=q.device.type == "cpu", **config, **options,
     )  # fmt: skip
     return _merge(out, part, stat, n_splits)
 
@@ -503,9 +509,51 @@ def _merge(out: Tensor, part: Tensor, stat: Tensor, n_splits: int) -> Tensor:
 
 # --- ahead of time -------------------------------------------------------------------------------------------------
 
-_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8"}
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "i8"}
 
 
 def aot_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int], str]]:
     """Everything to compile without a GPU: (kernel, signature {argument: type}, constexprs, {num_warps, num_stages}, label)."""
-    yield from ()
+    bf16, fp16, fp32, int8 = _TYPES
+    for M, n_blocks in ((8, 512), (16, 2048), (32, 8192), (16, 16384)):
+        yield _case("choose", 64, 4, bf16, label=f"choose {M} of {n_blocks}", n_blocks=n_blocks, M=M)
+    for D in (64, 96, 128, 256):
+        for dtype in (bf16, fp16, fp32):
+            yield _case("merge", D, 4, dtype)
+        for G in (1, 2, 4, 7, 16):
+            yield _case("score", D, G, bf16)
+            yield _case("sparse", D, G, bf16)
+            for T in (1, 8):
+                yield _case("dense", D, G, bf16, T=T)
+        for kernel in ("score", "sparse", "dense"):
+            yield _case(kernel, D, 4, bf16, paged=True)
+            yield _case(kernel, D, 4, bf16, has_docs=True)
+        for kernel in ("sparse", "dense"):
+            yield _case(kernel, D, 4, bf16, split=False)
+            for dtype, pages in ((bf16, int8), (fp16, int8), (fp16, fp16), (fp32, fp32)):
+                yield _case(kernel, D, 4, dtype, pages, paged=True)
+
+
+def _case(kernel: str, D: int, G: int, dtype: torch.dtype, pages: torch.dtype | None = None, *, T: int = 1, n_blocks: int = 0, M: int = 16,
+          paged: bool = False, has_docs: bool = False, split: bool = True, label: str = ""):  # fmt: skip
+    """One case of aot_cases: 4 KV heads, blocks of 16, pages of 64 keys."""
+    fn = {"score": score_kernel, "choose": choose_kernel, "sparse": sparse_kernel, "dense": dense_kernel, "merge": merge_kernel}[kernel]
+    pages = pages or dtype
+    config, options = _split_config(launch_config(kernel, D, G, T, dtype, n_blocks))
+    per_page = (4 if kernel == "score" else 64) if paged else 1
+    values = {"HK": 4, "G": G, "D": D, "M": M, "BLOCK_M": triton.next_power_of_2(M), "BLOCK_SIZE": 16, "PAGED": paged, "PER_PAGE": per_page,
+              "INT8": pages == torch.int8, "HAS_DOCS": has_docs, "SPLIT": split, "UPCAST": False, **config}  # fmt: skip
+    types = {"q_ptr": dtype, "out_ptr": dtype, "k_ptr": pages, "v_ptr": pages}
+    constexprs = {name: values[name] for name in fn.arg_names if name in values}
+    signature = {}
+    for name in fn.arg_names:
+        if name in constexprs:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            is_index = name in ("page_table_ptr", "block_ids_ptr", "q_pos_ptr", "doc_start_ptr")
+            signature[name] = "*i32" if is_index else "*" + _TYPES[types.get(name, torch.float32)]
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+    flags = [f"T={T}" if T > 1 else "", "paged" if paged else "", "docs" if has_docs else "", "" if split else "whole"]
+    kinds = _TYPES[dtype] if pages == dtype else f"{_TYPES[dtype]}/{_TYPES[pages]}"
+    return fn, signature, constexprs, options, label or " ".join([kernel, f"D={D}", f"G={G}", kinds, *filter(None, flags)])

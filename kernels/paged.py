@@ -195,7 +195,8 @@ class PagedWriter:
         """int8 values of new (n_tokens, Hk, D). A page's scale only grows, and only then are its old values rounded again."""
         kept = self.kept[:, None]
         old_scale = scale[self.touched].masked_fill(kept == 0, 0)  # (n_touched, Hk); a fresh page's scale may be anything
-        largest = torch.zeros_like(old_scale).index_reduce_(0, self.page_index, new.abs().amax(2), "amax")
+        index = self.page_index[:, None].expand(-1, new.shape[1])
+        largest = torch.zeros_like(old_scale).scatter_reduce_(0, index, new.abs().amax(2), "amax")  # (n_touched, Hk) of the new values
         new_scale = torch.maximum(old_scale, largest / INT8_MAX)
         shrink = (old_scale / new_scale.clamp(min=torch.finfo(torch.float32).tiny))[:, None, :, None]
         old = pages[self.touched]  # (n_touched, page_size, Hk, D)
