@@ -8,6 +8,8 @@ Parts 2 and 3 leave out what part 1 holds for the same query, and part 3 leaves 
 Called by `triton_ops.py`; the backward is in `prefill_backward_triton.py`.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -193,41 +195,43 @@ def by_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def make_union(block_ids: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, words, n): per (row, KV head, tile) the sorted union of the blocks of block_ids (B, T, Hk, M) int32."""
+class Union(NamedTuple):
+    ids: Tensor  # (B, Hk, n_tiles, tile size * M) int32: blocks that a tile's queries chose, ascending
+    words: Tensor  # the same shape, int32: bit i = the tile's query in slot i chose the block
+    n: Tensor  # (B, Hk, n_tiles) int32: how many there are
+
+
+def make_union(block_ids: Tensor, tiles: Tiles) -> Union:
+    """The sorted union of block_ids (B, T, Hk, M) of each tile's queries."""
+    block_ids = block_ids.int().contiguous()
     B, T, Hk, M = block_ids.shape
     shape = (B, Hk, tiles.n_tiles, tiles.size * M)
     ids, words = (torch.empty(shape, dtype=torch.int32, device=block_ids.device) for _ in range(2))
     n = torch.empty(shape[:3], dtype=torch.int32, device=block_ids.device)
-    if M:
-        grid = (tiles.n_tiles, Hk, B)
-        union_kernel[grid](
-            block_ids, tiles.order, ids, words, n, T, Hk, tiles.n_tiles,
-            M=M, MP=triton.next_power_of_2(M), BT=tiles.size, COUNTING=INTERPRETED, num_warps=4,
-        )  # fmt: skip
-    return ids, words, n
+    union_kernel[(tiles.n_tiles, Hk, B)](
+        block_ids, tiles.order, ids, words, n, T, Hk, tiles.n_tiles,
+        M=M, MP=triton.next_power_of_2(M), BT=tiles.size, COUNTING=INTERPRETED, num_warps=4,
+    )  # fmt: skip
+    return Union(ids, words, n)
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor | None, plan: AttentionPlan, spec: SparseSpec | None
-) -> tuple[Tensor, Tensor, Tiles, tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[Tensor, Tensor, Tiles, Union | None]:
     """(out (B, T, H, D), lse (B, T, H), tiles, union) of the queries over what block_ids (B, T, Hk, M) and spec name; spec None = all."""
     B, T, H, D = q.shape
     Hk = k.shape[2]
     G = H // Hk
     config = launch_config(D, G, q.dtype)
-    window, n_sinks, dense_len, block, M = (
-        (1, 0, EVERYTHING, 16, 0) if spec is None else (spec.window, spec.n_sinks, spec.dense_len, spec.block_size, block_ids.shape[-1])
-    )
+    window, n_sinks, dense_len, block = (1, 0, EVERYTHING, 16) if spec is None else (spec.window, spec.n_sinks, spec.dense_len, spec.block_size)
+    M = 0 if spec is None else block_ids.shape[-1]
     tiles = make_tiles(plan, config["BT"], window, dense_len)
+    union = make_union(block_ids, tiles) if M else None
     new = torch.zeros if plan.has_padding else torch.empty
     out = new(q.shape, dtype=q.dtype, device=q.device)
     lse = new((B, T, H), dtype=torch.float32, device=q.device)
-    unused = tiles.order
-    union = make_union(block_ids, tiles) if M else (unused, unused, unused)
-    grid = (tiles.n_tiles, Hk, B)
-    forward_kernel[grid](
-        q, k, v, out, lse, tiles.order, tiles.pos, tiles.start, *union, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+    forward_kernel[(tiles.n_tiles, Hk, B)](
+        q, k, v, out, lse, tiles.order, tiles.pos, tiles.start, *(union or (tiles.order,) * 3), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         T, Hk, tiles.n_tiles, window, n_sinks, dense_len, D**-0.5 * LOG2_E,
         M=M, GROUP=G, GP=triton.next_power_of_2(G), D=D, BD=padded_dim(D), BLOCK=block, SPARSE=spec is not None, **config,
     )  # fmt: skip
