@@ -30,6 +30,7 @@ TRIMMED_RATIO = 2.5  # in the by-row way, a mask beats turning round until a que
 TRIMMED_QUERIES = 128  # queries per mask there: small, so that keys after them are trimmed off
 DENSE_QUERIES = 1024
 FEW_QUERIES = 16  # calls with up to this many queries per row go by index or gather
+SORTED_SCORES = 1 << 12  # so few block scores are sorted whole: one operator instead of the seven of a topk with ties
 CHUNK_ELEMENTS = 1 << 22  # elements of the largest buffer in the tiled way; 16 MiB fp32, small enough that malloc reuses it
 BAND_TILE = 64
 
@@ -158,7 +159,7 @@ def _best_blocks(scores: Tensor, q_pos: Tensor, doc_start: Tensor, spec: SparseS
 
 def _best(scores: Tensor, M: int) -> tuple[Tensor, Tensor]:
     """Values and ids of the M best along the last axis of scores (..., N), all of them if N <= M; ties go to the lower id."""
-    if scores.is_cuda or scores.shape[-1] <= M:
+    if scores.is_cuda or scores.shape[-1] <= M or scores.numel() <= SORTED_SCORES:
         values, ids = torch.sort(scores, dim=-1, descending=True, stable=True)
     else:
         values, ids = scores.topk(M + 1, dim=-1)
@@ -290,14 +291,24 @@ def _valid(plan: AttentionPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return plan.cached("valid", build)
 
 
-def _pattern(index: Tensor, hidden: Tensor, n_groups: int, table: Tensor) -> Tensor:
-    """Sparse (n * Hk * G, R) of what each query head reads: 0 at the rows index (n, Hk, L) of `table`, -inf where hidden (n, Hk or 1, L)."""
-    n, Hk, L = index.shape
-    bias = torch.where(hidden, float("-inf"), 0.0).expand(n, Hk, L)
-    index, bias = (x.unsqueeze(2).expand(n, Hk, n_groups, L).flatten() for x in (index, bias))
-    ends = torch.arange(0, index.numel() + 1, L, device=index.device)
+class _Reads(NamedTuple):
+    """What n queries read: a sparse matrix of query heads by rows of a table. A scratch that the layers of one forward take in turn."""
+
+    matrix: Tensor  # (n * H, R) CSR; its values become scores
+    rows: Tensor  # (n, Hk, G, L) its column indices
+    bias: Tensor  # (n, Hk, G, L) added to each score: 0, or -inf where a row only fills up
+
+
+def _make_reads(rows: Tensor, hidden: Tensor, n_groups: int, table: Tensor) -> _Reads:
+    """For G = n_groups query heads per KV head. rows (n, Hk, L) of `table`, hidden (n, Hk or 1, L)."""
+    n, Hk, L = rows.shape
+    shape = (n, Hk, n_groups, L)
+    bias = torch.where(hidden, float("-inf"), 0.0).unsqueeze(2).expand(shape).contiguous()
+    ends = torch.arange(0, bias.numel() + 1, L, device=rows.device)
     _hush_beta_warning()
-    return torch.sparse_csr_tensor(ends, index, bias, (n * Hk * n_groups, table.shape[0]), check_invariants=False)
+    size = (n * Hk * n_groups, table.shape[0])
+    matrix = torch.sparse_csr_tensor(ends, rows.unsqueeze(2).expand(shape).flatten(), torch.empty(bias.numel()), size, check_invariants=False)
+    return _Reads(matrix, matrix.col_indices().view(shape), bias)
 
 
 @cache
@@ -308,20 +319,21 @@ def _hush_beta_warning() -> None:
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
 
 
-def _scores(q: Tensor, table: Tensor, pattern: Tensor, scale: float) -> Tensor:
-    """(rows of q, L): `scale * q . row + pattern` for the rows that pattern names. q (..., D)."""
-    q = q.reshape(pattern.shape[0], -1)
-    return torch.sparse.sampled_addmm(pattern, q, table.t(), alpha=scale).values().view(len(q), -1)
+def _scores(q: Tensor, table: Tensor, reads: _Reads, scale: float) -> Tensor:
+    """(n * H, L): scale * q . row + bias; q (n, H, D). Valid until the next call with these reads."""
+    scores = reads.matrix.values()
+    scores.copy_(reads.bias.flatten())
+    torch.sparse.sampled_addmm(reads.matrix, q.reshape(-1, q.shape[-1]), table.t(), alpha=scale, out=reads.matrix)
+    return scores.view(-1, reads.bias.shape[-1])
 
 
-def _read(q: Tensor, k: Tensor, v: Tensor, pattern: Tensor, plan: AttentionPlan) -> Tensor:
-    """Attention of the valid queries q (n, H, D) over what pattern names in k and v -> (B, T, H, D), zero at padding."""
-    B, T = plan.q_pos.shape
-    p = _scores(q, _table(k), pattern, q.shape[-1] ** -0.5).softmax(-1)
-    out = F.embedding_bag(pattern.col_indices().view(p.shape), _table(v), mode="sum", per_sample_weights=p).view(q.shape)
+def _read(q: Tensor, k: Tensor, v: Tensor, reads: _Reads, plan: AttentionPlan) -> Tensor:
+    """Attention of the valid queries q (n, H, D) over k and v -> (B, T, H, D), zero at padding."""
+    p = _scores(q, _table(k), reads, q.shape[-1] ** -0.5).softmax(-1)
+    out = F.embedding_bag(reads.rows.view(p.shape), _table(v), mode="sum", per_sample_weights=p).view(q.shape)
     if plan.has_padding:
-        out = out.new_zeros(B * T, *out.shape[1:]).index_copy_(0, _valid(plan)[0], out)
-    return out.view(B, T, *out.shape[1:])
+        out = out.new_zeros(plan.q_pos.numel(), *out.shape[1:]).index_copy_(0, _valid(plan)[0], out)
+    return out.view(*plan.q_pos.shape, *out.shape[1:])
 
 
 def _valid_queries(q: Tensor, plan: AttentionPlan) -> Tensor:
@@ -331,72 +343,72 @@ def _valid_queries(q: Tensor, plan: AttentionPlan) -> Tensor:
 
 
 def _dense_by_index(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    def build() -> Tensor:
-        _, row, q_pos, doc_start = _valid(plan)
-        keys = doc_start[:, None] + torch.arange(plan.max_rel + 1, device=k.device)  # (n, L)
-        hidden = keys > q_pos[:, None]
-        rows = _row_starts(k)[row][:, None] + torch.where(hidden, q_pos[:, None], keys) * k.shape[2]
-        heads = torch.arange(k.shape[2], device=k.device)
-        return _pattern(rows.unsqueeze(1) + heads[:, None], hidden.unsqueeze(1), q.shape[2] // k.shape[2], _table(k))
+    Hk = k.shape[2]
 
-    pattern = plan.cached(("dense by index", q.shape[2], k.shape, k.stride()), build)
-    return _read(_valid_queries(q, plan), k, v, pattern, plan)
+    def build() -> _Reads:
+        _, row, q_pos, doc_start = (x[:, None, None] for x in _valid(plan))
+        keys = doc_start + torch.arange(plan.max_rel + 1, device=k.device)  # (n, 1, L)
+        hidden = keys > q_pos
+        rows = _row_starts(k)[row] + torch.where(hidden, q_pos, keys) * Hk + torch.arange(Hk, device=k.device)[:, None]
+        return _make_reads(rows, hidden, q.shape[2] // Hk, _table(k))
+
+    reads = plan.cached(("dense by index", q.shape[2], k.shape, k.stride()), build)
+    return _read(_valid_queries(q, plan), k, v, reads, plan)
 
 
-class _Candidates(NamedTuple):
-    """What is known of n sparse queries' reads before any score. Table rows are those of head 0 until `heads` is added."""
+class _SparseReads(NamedTuple):
+    """What n sparse queries read whatever they choose, and where they may choose. Table rows are numbers of rows of k."""
 
-    fixed: Tensor  # (n, Hk, L) rows read whatever is chosen
-    fixed_hidden: Tensor  # (n, 1, L) which of them only fill up
-    blocks: Tensor | None  # pattern (n * Hk, N) over the pooled keys: selectable blocks; None where nothing is to choose or all are taken
-    n_blocks: int  # N, most selectable blocks of a query
-    first_row: Tensor  # (n, Hk, 1) row of the first selectable block's first key
-    low: Tensor  # (n, Hk, 1) rows below are read as sinks
-    high: Tensor  # (n, Hk, 1) rows from here on are in the window, or not in a selectable block
+    reads: _Reads  # the last n_chosen * block_size entries are the chosen blocks', filled in by each layer
+    n_chosen: int  # blocks per query
+    blocks: _Reads | None  # of the pooled keys: the selectable ones; None where all are chosen
+    first: Tensor  # (n, Hk, 1, block_size) rows of the first selectable block
+    low: Tensor  # (n, Hk, 1) rows before it are read as sinks
+    high: Tensor  # (n, Hk, 1) rows after it are in the window, or in no selectable block; -1 where none is left
     own: Tensor  # (n, Hk, 1) row of the query's own key
 
 
-def _candidates(k: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSpec) -> _Candidates:
+def _sparse_reads(H: int, k: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSpec) -> _SparseReads:
     _, row, q_pos, doc_start = (x[:, None, None] for x in _valid(plan))
     Hk, bs = k.shape[2], spec.block_size
     heads = torch.arange(Hk, device=k.device)[:, None]
     start = _row_starts(k)[row] + heads  # (n, Hk, 1)
     own = start + q_pos * Hk
     _, keys, keep = _window_and_sinks(plan, spec)
-    keys, keep = (_valid_queries(x, plan) for x in (keys, keep))  # (n, 1, L)
-    fixed = torch.where(keep, start + keys * Hk, own)
+    keys, keep = _valid_queries(keys, plan), _valid_queries(keep, plan)  # (n, 1, L)
+    rows, hidden = torch.where(keep, start + keys * Hk, own), ~keep
     first, stop = _selectable_range(q_pos, doc_start, spec)
-    n_blocks = max(0, int((stop - first).max())) if spec.n_selected_blocks else 0
+    n_blocks = max(0, int((stop - first).amax()))
+    n_chosen = min(n_blocks, spec.n_selected_blocks)
     blocks = None
-    if n_blocks > spec.n_selected_blocks:
+    if n_blocks > n_chosen > 0:
         n = first + torch.arange(n_blocks, device=k.device)
         unused = n >= stop
         n = torch.where(unused, torch.minimum(first, stop - 1).clamp(min=0), n)
-        blocks = _pattern(_row_starts(pooled)[row] + n * Hk + heads, unused, 1, _table(pooled))
-    low, high = start + (doc_start + spec.n_sinks) * Hk, start + torch.minimum(q_pos - spec.window + 1, stop * bs) * Hk
-    return _Candidates(fixed, ~keep, blocks, n_blocks, start + first * bs * Hk, low, high, own)
+        blocks = _make_reads(_row_starts(pooled)[row] + n * Hk + heads, unused, 1, _table(pooled))
+    room = (0, n_chosen * bs)
+    reads = _make_reads(F.pad(rows, room), F.pad(hidden, room), H // Hk, _table(k))
+    low, high = start + (doc_start + spec.n_sinks) * Hk, start + (torch.minimum(q_pos - spec.window + 1, stop * bs) - 1) * Hk
+    high = high.masked_fill(high < low, -1)
+    return _SparseReads(reads, n_chosen, blocks, (start + (first * bs + torch.arange(bs, device=k.device)) * Hk).unsqueeze(2), low, high, own)
 
 
 def _sparse_by_index(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor) -> Tensor:
     B, T, H, D = q.shape
     Hk, bs, pooled = k.shape[2], spec.block_size, pooled.contiguous()
-    shared = (spec, k.shape, k.stride(), pooled.stride())
-    c = plan.cached(("candidates", *shared), lambda: _candidates(k, pooled, plan, spec))
+    s = plan.cached(("sparse by index", spec, H, k.shape, k.stride(), pooled.shape), lambda: _sparse_reads(H, k, pooled, plan, spec))
     q = _valid_queries(q, plan)
-    if not c.n_blocks:
-        pattern = plan.cached(("fixed", H, *shared), lambda: _pattern(c.fixed, c.fixed_hidden, H // Hk, _table(k)))
-        return _read(q, k, v, pattern, plan)
-    if c.blocks is None:
-        ids = torch.arange(c.n_blocks, device=q.device).expand(*c.own.shape[:2], -1)
-    else:
-        scores = _scores(q.view(-1, Hk, H // Hk, D).sum(2), _table(pooled), c.blocks, 1.0)
-        ids = _best(scores.view(*c.own.shape[:2], -1), spec.n_selected_blocks)[1]  # (n, Hk, M), counted from the first selectable block
-    within = torch.arange(0, bs * Hk, Hk, device=q.device)
-    chosen = (c.first_row.unsqueeze(3) + (ids * (bs * Hk)).unsqueeze(3) + within).flatten(2)
-    hidden = (chosen < c.low) | (chosen >= c.high)
-    index = torch.cat([c.fixed, torch.where(hidden, c.own, chosen)], 2)
-    pattern = _pattern(index, torch.cat([c.fixed_hidden.expand(-1, Hk, -1), hidden], 2), H // Hk, _table(k))
-    return _read(q, k, v, pattern, plan)
+    if s.n_chosen:
+        if s.blocks is None:
+            ids = torch.arange(s.n_chosen, device=q.device)
+        else:
+            scores = _scores(q.view(-1, Hk, H // Hk, D).sum(2), _table(pooled), s.blocks, 1.0)
+            ids = _best(scores.view(*s.own.shape[:2], -1), s.n_chosen)[1]  # (n, Hk, M), counted from the first selectable block
+        chosen = (s.first + (ids * (bs * Hk)).unsqueeze(-1)).flatten(2)  # (n, Hk, M * bs)
+        hidden = chosen.clamp(s.low, s.high) != chosen
+        s.reads.rows[..., -chosen.shape[2] :] = torch.where(hidden, s.own, chosen).unsqueeze(2)
+        s.reads.bias[..., -chosen.shape[2] :] = torch.where(hidden, float("-inf"), 0.0).unsqueeze(2)
+    return _read(q, k, v, s.reads, plan)
 
 
 # --- by row --------------------------------------------------------------------------------------------------------
