@@ -13,7 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.prefill_triton import LOG2_E, STRIDES, TYPE_NAME, Union, aot_shapes, by_rows, load_rows, padded_dim, tile_rows, union_part
+from kernels.prefill_triton import (
+    LOG2_E,
+    STRIDES,
+    TABLES,
+    TYPE_NAME,
+    Union,
+    aot_shapes,
+    by_rows,
+    forward_constants,
+    load_rows,
+    padded_dim,
+    tile_rows,
+    union_part,
+)
 from kernels.spec import AttentionPlan, SparseSpec
 from kernels.tiles import EVERYTHING, Tiles, make_key_ranges
 
@@ -341,3 +354,30 @@ def backward(
             BLOCK=block, BN=max(16, min(64, triton.next_power_of_2(block))), **shape, **config["blocks"],
         )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def aot_cases():
+    """(kernel, signature, constexprs, options, label) of what `kernels.aot` compiles ahead of time."""
+    numbers = (*STRIDES, "do_sb", "do_st", "do_sh", "T", "S", "HK", "n_tiles", "n_entries", "n_chunks", "window", "n_sinks", "dense_len")
+    tables = (*TABLES, "range_first", "range_stop", "runs", "run_start", "run_offset", "block_offset", "entry_tile", "entry_word")
+    types = dict.fromkeys(numbers, "i32") | dict.fromkeys(tables, "*i32") | {"scale": "fp32", "score_scale": "fp32"}
+    types |= dict.fromkeys(("lse", "delta", "dk", "dv", "partial_k", "partial_v"), "*fp32")
+    for head_dim, group, dtype in aot_shapes():
+        types |= dict.fromkeys(("q", "k", "v", "do", "out", "dq"), f"*{TYPE_NAME[dtype]}")
+        shared, _ = forward_constants(head_dim, group, dtype)  # the tiles are the forward's
+        config = launch_config(head_dim, group, dtype)
+        kinds = {
+            "dq sparse": (dq_kernel, config["dq"] | {"M": 16, "SPARSE": True}),
+            "dq dense": (dq_kernel, config["dq"] | {"M": 0, "SPARSE": False}),
+            "near": (near_kernel, config["near"]),
+            "sinks": (sinks_kernel, config["sinks"]),
+            "add sinks": (add_sinks_kernel, {"num_warps": 4, "num_stages": 3}),
+            "blocks": (blocks_kernel, config["blocks"] | {"BN": 16}),
+        }
+        for kind, (kernel, chosen) in kinds.items():
+            if kind == "add sinks" and (group != 2 or dtype != torch.bfloat16):
+                continue  # depends on head_dim alone
+            constexprs = {name: value for name, value in (shared | chosen).items() if name in kernel.arg_names}
+            signature = {name: types[name] for name in kernel.arg_names if name not in constexprs}
+            options = {"num_warps": chosen["num_warps"], "num_stages": chosen["num_stages"]}
+            yield kernel, signature, constexprs, options, f"prefill backward {kind} {TYPE_NAME[dtype]} d{head_dim} g{group}"

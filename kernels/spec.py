@@ -54,6 +54,29 @@ class AttentionPlan:
         self._cache: dict[Any, Any] = {}
         self._summarise(doc_start is not None)
 
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, block_size: int) -> "AttentionPlan":
+        """The plan of a ragged batch: one row whose queries are the sequences' tokens, end to end, without padding.
+
+        cu_seqlens (n + 1,) integers: sequence i is tokens [cu_seqlens[i], cu_seqlens[i + 1]); it may be empty. On the key axis every
+        sequence starts at a multiple of block_size, so that no block holds keys of two: token t's key and value belong at
+        `plan.q_pos[0, t]` of k, v (1, plan.n_keys, Hk, D), and the slots between sequences may hold anything.
+        Raises ValueError if cu_seqlens is no such list. Reads it back.
+        """
+        if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool or len(cu_seqlens) < 2:
+            raise ValueError(f"cu_seqlens must be an integer tensor (n + 1,), n >= 1, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+        if block_size < 1:
+            raise ValueError(f"block_size must be >= 1, got {block_size}")
+        cu_seqlens = cu_seqlens.long()
+        lengths = cu_seqlens.diff()
+        if cu_seqlens[0] != 0 or (lengths < 0).any():
+            raise ValueError(f"cu_seqlens must start at 0 and never fall, got {cu_seqlens.tolist()}")
+        ends = ((lengths + block_size - 1) // block_size * block_size).cumsum(0)  # of the sequences' slots on the key axis
+        starts = torch.nn.functional.pad(ends, (1, 0))[:-1]
+        doc_start = starts.repeat_interleave(lengths)
+        q_pos = doc_start + torch.arange(len(doc_start), device=ends.device) - cu_seqlens[:-1].repeat_interleave(lengths)
+        return cls(q_pos.unsqueeze(0), int(ends[-1]), doc_start.unsqueeze(0))
+
     def _summarise(self, has_doc_start: bool) -> None:
         """Reads back, in one transfer, the facts that steer control flow."""
         B, T = self.q_pos.shape
