@@ -22,7 +22,7 @@ from kernels.spec import AttentionPlan, SparseSpec
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 UNIT = tl.constexpr(16)  # strides travel in units of 16 elements, so the compiler knows that every row starts at a multiple of 16 bytes
-TARGET_PROGRAMS = 264  # two for each of an H100's 132 SMs
+TARGET_PROGRAMS = 396  # three for each of an H100's 132 SMs: what their registers and shared memory have room for
 CHOOSE_SIZES = (512, 2048, 8192)  # blocks ranked at once; more are ranked in several passes over the last size
 # arguments that change from call to call: no recompilation when one happens to be 1 or a multiple of 16
 RUNTIME = "T n_blocks n_pages_per_row stride_row stride_block stride_key stride_head n_sinks window dense_len keys_per_split n_splits".split()
@@ -62,7 +62,7 @@ def _load_rows(ptr, offsets, ok, D: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def _attend(q, acc, m, total, valid, k, v, k_scale, v_scale, scale, INT8: tl.constexpr, UPCAST: tl.constexpr):
     """One tile of keys into the running softmax: acc (R, BLOCK_D) and total (R) are relative to the maximum m (R), in powers of two."""
-    if UPCAST:
+    if UPCAST:  # on a CPU: Triton's interpreter multiplies the bits of a bf16 as if they were integers
         q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
     elif INT8:
         k, v = k.to(q.dtype), v.to(q.dtype)  # exact: int8 fits into 8 bits of significand
@@ -341,11 +341,10 @@ def launch_config(kernel: str, head_dim: int, group: int, n_queries: int = 1, dt
         return {"BLOCK_D": block_d, "BLOCK_SPLITS": 16, "num_warps": 4, "num_stages": 1}
     rows = group if kernel == "sparse" else n_queries * group
     block_r = min(max(16, triton.next_power_of_2(rows)), 64 if block_d <= 128 else 32)
-    block_s = 64 if block_d <= 128 else 32
+    block_s = 64 if block_d <= 64 or block_r * block_d <= 2048 else 32
     if dtype == torch.float32:  # no tensor cores: both factors of a product sit in registers
         block_r, block_s = 16, 32 if block_d <= 64 else 16
-    # UPCAST: Triton's interpreter multiplies the bits of a bf16 as if they were integers
-    # sparse: a split is a tile or two, nothing to run ahead of; dense: two tiles on their way keep the memory busy
+    # a sparse split is a tile or two, with nothing to run ahead of; a dense one keeps two tiles on their way
     return {"BLOCK_R": block_r, "BLOCK_D": block_d, "BLOCK_S": block_s, "num_warps": 4, "num_stages": 2 if kernel == "sparse" else 3}
 
 

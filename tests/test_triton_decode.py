@@ -1,30 +1,27 @@
 """Triton decode, contiguous and paged, against the reference: on a GPU where there is one, otherwise through Triton's interpreter.
 
-DECODE_EXAMPLES=2000 draws that many shapes in each drawn test (default 6 interpreted, 60 on a GPU).
+HYPOTHESIS_PROFILE=many draws 1,000 shapes in each of the two drawn tests (otherwise 6, or 60 on a GPU).
 """
-
-import os
 
 import pytest
 import torch
+from conftest import drawn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux x86_64)")
 
-from kernels import AttentionPlan, SparseSpec, paged_reference, pool_keys, reference  # noqa: E402
-from kernels import decode_triton as dt  # noqa: E402
-from kernels.paged import PagedKV, PagedWriter, dequantize_pages, quantize_pages  # noqa: E402
+from kernels import AttentionPlan, SparseSpec, paged_reference, pool_keys, reference
+from kernels import decode_triton as dt
+from kernels.paged import PagedKV, PagedWriter, dequantize_pages, quantize_pages
 
-DEVICE = "cuda" if ON_GPU else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py turns the interpreter on where there is no GPU
 SPEC = SparseSpec(block_size=8, n_selected_blocks=2, window=11, n_sinks=3, dense_len=24)
 NAN = float("nan")
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of the largest value: 2 to 4 units in the last place
-N_EXAMPLES = int(os.environ.get("DECODE_EXAMPLES", "60" if ON_GPU else "6"))
-drawn = settings(max_examples=N_EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+many_shapes = settings(
+    max_examples=drawn(6 if DEVICE == "cpu" else 60), deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -114,12 +111,12 @@ def test_half_types_stay_close_to_the_reference(dtype, D):
     assert_same(dt.dense_decode(q, k, v, plan), reference.dense_attention(q, k, v, plan))
 
 
-@pytest.mark.parametrize("T", [1, 3, 4, 5])
+@pytest.mark.parametrize("T", [1, 2, 5])
 def test_several_queries_at_ragged_positions_match_the_reference(T):
-    q, k, v = make(3, T, 120, 4, 1, 16)
-    pos = torch.stack([torch.arange(120 - T, 120), torch.arange(30, 30 + T), torch.full((T,), -1)])
+    q, k, v = make(3, T, 100, 4, 1, 16)
+    pos = torch.stack([torch.arange(100 - T, 100), torch.arange(30, 30 + T), torch.full((T,), -1)])
     pos[1, -1] = 12  # a dense query among sparse ones
-    plan = make_plan(pos, 120)
+    plan = make_plan(pos, 100)
     pooled = pool_keys(k, 8)
     sparse = dt.sparse_decode(q, k, v, plan, SPEC, pooled)
     assert_same(sparse, reference.sparse_attention(q, k, v, plan, SPEC, pooled))
@@ -165,7 +162,7 @@ def test_documents_of_one_row_do_not_meet():
     assert_same(dt.dense_decode(q, k, v, plan), reference.dense_attention(q, k, v, plan))
 
 
-@pytest.mark.parametrize("M,N", [(1, 7), (3, 40), (8, 8), (5, 600), (16, 1100)])
+@pytest.mark.parametrize("M,N", [(1, 7), (3, 40), (8, 8), (5, 130), (16, 300)])
 @pytest.mark.parametrize("n_values", [3, 10_000])
 def test_the_best_blocks_are_chosen_with_ties_to_the_lower_id(M, N, n_values):
     """Scores with many ties, zeros of both signs and unselectable blocks; more blocks than one tile holds."""
@@ -175,7 +172,7 @@ def test_the_best_blocks_are_chosen_with_ties_to_the_lower_id(M, N, n_values):
     scores[0, 1::2], scores[1] = float("-inf"), float("-inf")
     scores[2, ::3] = 0.0
     ids = torch.empty(3, M, dtype=torch.int32, device=DEVICE)
-    dt.choose_kernel[(3,)](scores, ids, N, M=M, BLOCK_M=16, BLOCK_N=512, ONE_TILE=N <= 512)
+    dt.choose_kernel[(3,)](scores, ids, N, M=M, BLOCK_M=16, BLOCK_N=128, ONE_TILE=N <= 128)
     for row, chosen in zip(scores.tolist(), ids.tolist(), strict=True):
         order = sorted((-x, n) for n, x in enumerate(row) if x > float("-inf"))
         best = sorted(n for _, n in order[:M])
@@ -217,8 +214,8 @@ def test_slices_of_a_longer_cache_and_odd_strides_are_read_in_place_or_copied():
 
 
 def test_two_runs_are_bit_equal():
-    q, k, v = make(2, 2, 150, 4, 1, 16)
-    plan = make_plan([[149, 148], [100, 99]], 150)
+    q, k, v = make(1, 2, 150, 4, 1, 16)
+    plan = make_plan([[149, 100]], 150)
     pooled = pool_keys(k, 8)
     assert torch.equal(dt.sparse_decode(q, k, v, plan, SPEC, pooled), dt.sparse_decode(q, k, v, plan, SPEC, pooled))
     assert torch.equal(dt.dense_decode(q, k, v, plan), dt.dense_decode(q, k, v, plan))
@@ -243,9 +240,9 @@ def test_splits_cover_the_keys_and_none_is_empty():
 
 @pytest.mark.parametrize("page_size", [8, 24])
 def test_pages_match_the_reference_and_the_same_keys_laid_end_to_end(page_size):
-    q, k, v = make(2, 2, 96, 4, 2, 16)
+    q, k, v = make(2, 1, 96, 4, 2, 16)
     kv = to_pages(k, v, page_size, 8, [92, 41])
-    plan = make_plan([[91, 90], [40, 19]], 96)
+    plan = make_plan([[91], [40]], 96)
     sparse, dense = dt.paged_sparse_attention(q, kv, plan, SPEC), dt.paged_dense_attention(q, kv, plan)
     assert_same(sparse, paged_reference.paged_sparse_attention(q, kv, plan, SPEC))
     assert_same(dense, paged_reference.paged_dense_attention(q, kv, plan))
@@ -324,7 +321,7 @@ def test_parts_that_do_not_fit_are_refused():
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def test_token_by_token_decode_equals_prefill_across_block_and_page_edges(monkeypatch):
+def test_token_by_token_decode_equals_prefill_across_block_and_page_edges():
     """Pages are written as tokens come; unwritten slots are NaN; each complete block is pooled exactly once."""
     S, page_size = 45, 16
     q, k, v = make(2, S, 48, 2, 1, 16)
@@ -335,7 +332,7 @@ def test_token_by_token_decode_equals_prefill_across_block_and_page_edges(monkey
     for x in (kv.k_pages, kv.v_pages, kv.pooled_pages):
         x.fill_(NAN)
     n_pooled, t = 0, 0
-    for n in [21, 1, 1, 1, 1, 5, 1, 1, 1, 1, 11]:
+    for n in [21, 1, 1, 1, 5, 2, 1, 1, 12]:
         writer = PagedWriter(table, torch.full((2,), t), torch.full((2,), n), n, page_size, 8)
         writer.write(kv, k[:, t : t + n], v[:, t : t + n])
         n_pooled += len(writer.completed)
@@ -418,7 +415,7 @@ def draw_case(data, paged):
     return *(x.to(DEVICE) for x in (q, k, v)), make_plan(pos, S, start), spec, page_size
 
 
-@drawn
+@many_shapes
 @given(st.data())
 def test_decode_of_drawn_shapes_matches_the_reference_and_reads_nothing_else(data):
     q, k, v, plan, spec, _ = draw_case(data, paged=False)
@@ -433,7 +430,7 @@ def test_decode_of_drawn_shapes_matches_the_reference_and_reads_nothing_else(dat
     assert_same(dt.dense_decode(q, *(x.masked_fill(~seen, NAN) for x in (k, v)), plan), reference.dense_attention(q, k, v, plan))
 
 
-@drawn
+@many_shapes
 @given(st.data())
 def test_pages_of_drawn_shapes_match_the_reference(data):
     q, k, v, plan, spec, page_size = draw_case(data, paged=True)
