@@ -60,9 +60,9 @@ class Rope(nn.Module):
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates `x (N, H, D)`: pairs are (i, i + D/2), the convention of Llama checkpoints.
 
-    `cos (N, 1, D)` holds each pair's cosine twice, `sin` its sine, negative in the first half: `x * cos + swapped halves * sin`.
+    `cos (N, 1, D)`, in x's dtype, holds each pair's cosine twice, `sin` its sine, negative in the first half: `x * cos + swapped halves * sin`.
     """
-    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class FeedForward(nn.Module):

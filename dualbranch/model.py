@@ -115,7 +115,7 @@ class DualBranchModel(nn.Module):
         else:
             partition = all_slow if use_slow is None else self._partition(grid, whole, route, use_slow)
             if partition.order is not None:
-                x = x[partition.order]
+                x = x.index_select(0, partition.order)
             for i in c.dual_layers:
                 x = self.blocks[i](x, partition, keys.layer(i, partition.order))
             if partition.order is not None:
@@ -153,7 +153,7 @@ class DualBranchModel(nn.Module):
         cos, sin = self.rope(positions.flatten(), n_keys if lengths is None else n_keys + T)
         if lengths is not None:
             q_pos = torch.where(t < n_new.to(device)[:, None], q_pos, -1)
-        return Grid(q_pos, doc_start, n_keys, cos, sin), keys, n_new
+        return Grid(q_pos, doc_start, n_keys, cos.to(self.dtype), sin.to(self.dtype)), keys, n_new
 
     def _decide(
         self, x: Tensor, route: str | Tensor, budget: float | None, threshold: float | None, shape: tuple[int, int]

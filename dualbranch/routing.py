@@ -20,7 +20,7 @@ class TokenGroup:
 
     `cells (N,)`: flat index `b * T + t` of each token, or None when the group is the whole grid in order.
     `slots (N,)`: flat index in the group's own `(B, Tg)` query grid (rows padded to the longest), None with `cells`.
-    `cos, sin (N, 1, D)`: rotary factors at each token's position. `shape` is `(B, Tg)`.
+    `cos, sin (N, 1, D)`: rotary factors at each token's position, in the model's dtype. `shape` is `(B, Tg)`.
     """
 
     plan: AttentionPlan
@@ -75,7 +75,7 @@ class Grid:
         if self.doc_start is not None:
             doc_start = self.doc_start.new_zeros(B * width).index_copy(0, slots, self.doc_start.flatten()[cells]).view(B, width)
         plan = AttentionPlan(q_pos, self.n_keys, doc_start)
-        return TokenGroup(plan, self.cos[cells], self.sin[cells], (B, width), cells, slots)
+        return TokenGroup(plan, self.cos.index_select(0, cells), self.sin.index_select(0, cells), (B, width), cells, slots)
 
 
 @dataclass(frozen=True)
@@ -112,4 +112,4 @@ class Partition:
         if fast_cells.numel() == 0 or slow_cells.numel() == 0:
             return Partition.uniform(whole, slow=fast_cells.numel() == 0)
         order = torch.cat([slow_cells, fast_cells])
-        return Partition(grid.subset(slow_cells), grid.subset(fast_cells), order, grid.cos[order], grid.sin[order])
+        return Partition(grid.subset(slow_cells), grid.subset(fast_cells), order, grid.cos.index_select(0, order), grid.sin.index_select(0, order))

@@ -285,8 +285,12 @@ def _valid(plan: AttentionPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The n queries that are not padding: flat index b * T + t, row b, q_pos, doc_start, each (n,)."""
 
     def build() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        index = (plan.q_pos >= 0).flatten().nonzero().squeeze(1)
-        return index, index // plan.q_pos.shape[1], plan.q_pos.flatten()[index], plan.doc_start.flatten()[index]
+        q_pos, doc_start = plan.q_pos.flatten(), plan.doc_start.flatten()
+        index = torch.arange(q_pos.numel(), device=q_pos.device)
+        if plan.has_padding:
+            index = (q_pos >= 0).nonzero().squeeze(1)
+            q_pos, doc_start = q_pos.index_select(0, index), doc_start.index_select(0, index)
+        return index, index // plan.q_pos.shape[1], q_pos, doc_start
 
     return plan.cached("valid", build)
 
