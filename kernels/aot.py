@@ -1,6 +1,6 @@
 """Compiles every Triton kernel and configuration without a GPU and reports what the compiler made of it.
 
-    python -m kernels.aot [--target sm_80 sm_90 sm_100] [--match D64] [--json FILE]
+    python -m kernels.aot [--target sm_80 sm_90 sm_100] [--head-dim 64 128] [--match REGEX] [--json FILE]
 
 Exits 1 if a kernel for head_dim 64 or 128 spills registers, does not fit into shared memory, or does not compile. Each `kernels/*_triton.py`
 lists its cases in `aot_cases()`: (kernel, signature, constexprs, options, label). Numbers are read from the machine code, so a tensor-core
@@ -55,7 +55,7 @@ class Report:
     programs_per_sm: int = 0
     tensor_core: dict[str, int] = field(default_factory=dict)
     loads: dict[str, int] = field(default_factory=dict)  # from global memory, by width in bytes; "async": straight to shared memory
-    seconds: float = 0.0
+    cpu_seconds: float = 0.0
     error: str | None = None
 
     @property
@@ -111,9 +111,8 @@ def compile_case(module: str, index: int, target: str) -> Report:
     from triton.compiler.errors import TritonError
 
     kernel, signature, constexprs, options, label = cases(module)[index]
-    head_dim = next((int(constexprs[name]) for name in HEAD_DIM_NAMES if name in constexprs), None)
-    report = Report(target, module.rpartition(".")[2], kernel.__name__, label, dict(options), head_dim)
-    start = time.perf_counter()
+    report = Report(target, module.rpartition(".")[2], kernel.__name__, label, dict(options), head_dim_of(cases(module)[index]))
+    start = sum(os.times()[:4])  # with child processes: the assembler and the disassembler
     full = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
     # what a launch finds out by itself: tensors begin at multiples of 16 bytes, and so do rows of a head_dim that is a multiple of 16
     aligned = [i for i, p in enumerate(kernel.params) if full[p.name].startswith("*") or (_STRIDE.search(p.name) and full[p.name] == "i32")]
@@ -128,7 +127,7 @@ def compile_case(module: str, index: int, target: str) -> Report:
     report.registers, sass = disassemble(compiled.asm["cubin"])
     report.tensor_core, report.loads, report.spill_stores, report.spill_loads = instruction_mix(sass)
     report.programs_per_sm = programs_per_sm(target, report.registers, report.shared, compiled.metadata.num_warps)
-    report.seconds = time.perf_counter() - start
+    report.cpu_seconds = sum(os.times()[:4]) - start
     return report
 
 
@@ -144,9 +143,17 @@ def disassemble(cubin: bytes) -> tuple[int, str]:
     return int(re.search(r"REG:(\d+)", usage).group(1)), sass
 
 
-def compile_all(targets: Iterable[str], modules: Iterable[str], match: str = "", jobs: int = 2) -> Iterator[Report]:
+def head_dim_of(case: tuple) -> int | None:
+    return next((int(case[2][name]) for name in HEAD_DIM_NAMES if name in case[2]), None)
+
+
+def compile_all(targets: Iterable[str], modules: Iterable[str], match: str = "", head_dims: tuple[int, ...] = (), jobs: int = 2) -> Iterator[Report]:
     """Reports in order. Workers are fresh processes: they find a case by (module, index), because a kernel cannot be pickled."""
-    todo = [(m, i, t) for t in targets for m in modules for i, case in enumerate(cases(m)) if re.search(match, f"{m} {case[0].__name__} {case[4]}")]
+
+    def wanted(module: str, case: tuple) -> bool:
+        return bool(re.search(match, f"{module} {case[0].__name__} {case[4]}")) and (not head_dims or head_dim_of(case) in (None, *head_dims))
+
+    todo = [(m, i, t) for t in targets for m in modules for i, case in enumerate(cases(m)) if wanted(m, case)]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(compile_case, *zip(*todo, strict=True)) if todo else ()
 
@@ -168,6 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=list(SHARED_KIB), default=["sm_90"], help="GPU architectures (default: sm_90)")
     parser.add_argument("--match", default="", metavar="REGEX", help="only cases whose module, kernel and label match")
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[], metavar="D", help="only cases for these, and those for any head_dim")
     parser.add_argument("--modules", nargs="+", metavar="NAME", help="modules with aot_cases() (default: every kernels/*_triton.py)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (default: 2)")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there too")
@@ -181,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what every Triton so far does; 3.9 warns that 3.10 will not
     start, reports = time.perf_counter(), []
     print(HEADER, "|---" * (HEADER.count("|") - 1) + "|", sep="\n")
-    for report in compile_all(args.target, args.modules or triton_modules(), args.match, args.jobs):
+    for report in compile_all(args.target, args.modules or triton_modules(), args.match, tuple(args.head_dim), args.jobs):
         reports.append(report)
         print(table_row(report), flush=True)
     problems = [r for r in reports if r.problem]
@@ -193,7 +201,9 @@ def main(argv: list[str] | None = None) -> int:
     for r in problems:
         print(f"FAILED {r.target} {r.kernel} {r.label}: {r.problem}", file=sys.stderr)
     n_spilled = sum(bool(r.spill_stores or r.spill_loads) for r in reports)
-    print(f"{len(reports)} compiled for {', '.join(args.target)} in {time.perf_counter() - start:.0f} s: {len(problems)} failed, {n_spilled} with spills")
+    print(
+        f"{len(reports)} compiled for {', '.join(args.target)} in {time.perf_counter() - start:.0f} s ({sum(r.cpu_seconds for r in reports):.0f} s of CPU): {len(problems)} failed, {n_spilled} with spills"
+    )
     if not reports:
         print("error: no case matched", file=sys.stderr)
     return 1 if problems or not reports else 0
