@@ -102,9 +102,11 @@ def render_example(
 
 
 def render_conversation(
-    tok: Tokenizer, problems: Sequence["Problem"], thinking_flags: Sequence[bool], decision_weight: float = 0.0
+    tok: Tokenizer, problems: Sequence["Problem"], thinking_flags: Sequence[bool], decision_weight: float = 0.0, answer_weight: float = 1.0
 ) -> tuple[list[int], list[float]]:
     """Several problems as the turns of one document; `ids` and `loss_weights` as in `render_example`.
+
+    `answer_weight` is the weight of what follows `</think>`: an answer is short, and all that counts in the end.
 
     The document of the first n problems is a prefix of the document of all. Raises ValueError if there is no problem or
     the two sequences differ in length.
@@ -123,7 +125,8 @@ def render_conversation(
             is_tool_call=problem.task == TOOL_CALL_TASK,
         )
         ids += prompt + reply
-        loss_weights += [0.0] * len(prompt) + [float(decision_weight)] + [1.0] * (len(reply) - 1)
+        n_answer = len(reply) - 1 - reply.index(tok.control["</think>"])
+        loss_weights += [0.0] * len(prompt) + [float(decision_weight)] + [1.0] * (len(reply) - 1 - n_answer) + [float(answer_weight)] * n_answer
     return ids, loss_weights
 
 

@@ -62,7 +62,7 @@ class Calibration:
     def measure(g: Tensor, default_budget: float = 0.3) -> Calibration:
         """From gate values `g (n,)` of held-out tokens."""
         budgets = tuple(round(0.05 * i, 2) for i in range(1, 20))
-        quantiles = torch.quantile(g.double().flatten(), torch.tensor(budgets, dtype=torch.float64))
+        quantiles = torch.quantile(g.double().flatten().cpu(), torch.tensor(budgets, dtype=torch.float64))
         return Calibration(budgets, tuple(quantiles.tolist()), default_budget)
 
 

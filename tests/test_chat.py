@@ -51,6 +51,15 @@ def test_loss_weights_are_0_on_prompt_and_1_on_all_after_the_decision_token(tok,
     assert weights == [0.0] * decision + [decision_weight] + [1.0] * (len(ids) - decision - 1)
 
 
+@pytest.mark.parametrize("thinking", [True, False])
+def test_answer_weight_counts_from_behind_the_reasoning(tok, thinking):
+    ids, weights = render_conversation(tok, [SUM, CALL], [thinking, True], answer_weight=3.0)
+    _, plain = render_conversation(tok, [SUM, CALL], [thinking, True])
+    n_answers = sum(w == 3.0 for w in weights)
+    assert n_answers == sum(len(render_example(tok, p, False)[0]) for p in (SUM, CALL)) - sum(len(render_prompt(tok, [{"role": "user", "content": p.prompt}])) + 1 for p in (SUM, CALL))
+    assert [w and 1.0 for w in weights] == plain
+
+
 def test_a_prompt_is_the_prefix_of_its_training_example(tok):
     for problem in (SUM, CALL, CHINESE):
         for thinking in (True, False):

@@ -180,7 +180,7 @@ def test_documents_are_short():
     for task in TASKS:
         drawn = draw(9, per_cell=200, tasks=[task])
         for p in drawn:
-            assert 0 < len(p.trace) <= 225 and len(p.prompt) <= 240 and len(p.answer) <= 130, (len(p.trace), len(p.prompt), p)
+            assert 0 < len(p.trace) <= 240 and len(p.prompt) <= 240 and len(p.answer) <= 130, (len(p.trace), len(p.prompt), p)
         assert sum(len(p.prompt + p.trace + p.answer) for p in drawn) / len(drawn) < 220
 
 

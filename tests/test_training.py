@@ -19,10 +19,11 @@ from dualbranch.distill import pipeline, stages, trainer
 from dualbranch.distill.config import OptimConfig, RunConfig
 from dualbranch.distill.main import main
 from dualbranch.distill.optim import lr_factor, orthogonalize
-from dualbranch.distill.sources import BatchSource
+from dualbranch.distill.sources import BatchSource, Prefetcher
 from dualbranch.distill.teacher_cache import TeacherCache
 from dualbranch.model import DualBranchModel
 from dualbranch.schema import load_yaml
+from dualbranch.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -59,7 +60,7 @@ def run_to_gate(c: RunConfig, resume: bool = False) -> None:
     """The pipeline without its evaluation, which has tests of its own."""
     folder = pipeline.open_run(c, resume)
     log = trainer.MetricsLog(folder / "metrics.jsonl")
-    teacher, tok = pipeline.make_teacher(c, folder, log)
+    teacher, tok = pipeline.make_teacher(c, folder, log, torch.device("cpu"))
     sized = dataclasses.replace(c.model, vocab_size=tok.vocab_size)
     student = pipeline.make_student(c, sized, folder / "student", "student", teacher, tok, log)
     pipeline.make_gate(c, student, folder / "gate", tok, log)
@@ -182,6 +183,40 @@ def test_gradient_does_not_depend_on_the_micro_batch_split(parts, finished):
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
     assert gradients[0].abs().max() > 1e-3
+
+
+def test_batches_prepared_ahead_by_processes_are_the_same(finished):
+    tok = Tokenizer.load(finished / "tokenizer.model")
+    data = BatchSource(load_yaml(TINY, RunConfig).data, tok, 0, 16)
+    ahead = Prefetcher(data.batch, 7, workers=2)
+    for step in (0, 1, 2, 5, 6):  # a jump, as after a resume
+        assert torch.equal(ahead(step).tokens, data.batch(step).tokens)
+    data.seed = 1
+    assert not torch.equal(ahead.batch(3).tokens, BatchSource(data.config, tok, 0, 16).batch(3).tokens)
+    ahead.restart()
+    assert torch.equal(ahead(3).tokens, data.batch(3).tokens)
+
+
+def test_a_teacher_can_start_from_another_and_keeps_its_tokenizer(finished, tmp_path):
+    c = config(tmp_path, f"teacher.init={finished / 'teacher'}", "teacher.steps=1", "teacher.optim.lr=0", "teacher.optim.lr_other=0", "until=teacher")
+    folder = pipeline.run(c)
+    old, new = load_checkpoint(finished / "teacher")[0], load_checkpoint(folder / "teacher")[0]
+    assert all(torch.equal(a, b) for a, b in zip(old.state_dict().values(), new.state_dict().values(), strict=True))
+    assert (folder / "tokenizer.model").read_bytes() == (finished / "tokenizer.model").read_bytes()
+
+
+def test_no_piece_of_the_tokenizer_joins_a_name_with_its_surroundings(finished):
+    tok = Tokenizer.load(finished / "tokenizer.model")
+    for text, name in (("and Anna is", "Anna"), ('{"name": "Anna"}', "Anna"), ("小明今年", "小明"), ("住在小明家", "小明")):
+        pieces = [tok.decode([i]) for i in tok.encode(text)]
+        assert not any(name in piece and piece != name for piece in pieces), pieces
+
+
+def test_a_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device is 'cuda'"):
+        pipeline.run(config(tmp_path, "device=cuda"))
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_teacher_cache_runs_the_teacher_once_per_batch_and_forgets_another_teacher(finished, tmp_path):

@@ -9,8 +9,8 @@ documents (`chat.py`, `data/text.py`), batching and shuffling rows (the trainer)
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -43,6 +43,10 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Rows":
+        """The same documents with every tensor changed: moved to a device, or some of the rows."""
+        return replace(self, **{name: change(getattr(self, name)) for name in ("tokens", "targets", "loss_weights", "doc_start")})
 
     @property
     def efficiency(self) -> float:

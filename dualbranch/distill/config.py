@@ -20,10 +20,12 @@ class TokenizerConfig:
 class DataConfig:
     """What a batch holds. Shares are of documents.
 
-    `tasks`: names of the generator's tasks, empty = all. `text`: the user's own files or folders (plain text, or conversations in JSONL).
+    `tasks`: names of the generator's tasks, empty = all; one named twice comes twice as often. `text`: the user's own files or folders (plain text, or conversations in JSONL).
     `reasoning_gym`: names of that package's data sets, `reasoning_gym_size` problems of each, answered without reasoning.
     `levels_start`, `levels_end`: weights of easy, medium, hard, moved linearly over the first `curriculum` share of the teacher's
     training. `thinking`: share of problems answered with their reasoning. `multi_turn`: share of documents with two to three problems.
+    `answer_weight`: loss weight of an answer's tokens, where those of the reasoning before it count 1.
+    `workers`: processes that prepare batches ahead (0 = the training process does it); the batches are the same.
     """
 
     seq_len: int = 256
@@ -39,6 +41,8 @@ class DataConfig:
     levels_start: tuple[float, float, float] = (0.7, 0.25, 0.05)
     levels_end: tuple[float, float, float] = (0.25, 0.35, 0.4)
     curriculum: float = 0.5
+    answer_weight: float = 1.0
+    workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,15 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """`checkpoint`: a folder or name to load; otherwise a dense decoder with the sizes of `model` is trained for `steps`.
+    """`checkpoint`: a folder or name to load; otherwise a dense decoder with the sizes of `model` is trained for `steps`, from the weights
+    and with the tokenizer of the checkpoint `init` if there is one.
 
     After a share `1 - decide` of the steps the teacher answers `n_assess` training problems without reasoning; the rest of the steps
     also teach it to decide: `<think>` where its direct answer was wrong.
     """
 
     checkpoint: str | None = None
+    init: str | None = None
     steps: int = 1000
     decide: float = 0.25
     n_assess: int = 4096
@@ -131,12 +137,16 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run. `name` is its folder under `out`; `threads` of 0 leaves torch's choice; `until` stops after that stage; `save_every` in steps."""
+    """One run. `name` is its folder under `out`; `threads` of 0 leaves torch's choice; `until` stops after that stage; `save_every` in steps.
+
+    `device`: "auto" takes a GPU if there is one. On a GPU float32 products round to tf32.
+    """
 
     name: str = "run"
     out: str = "runs"
     seed: int = 0
     threads: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     until: Literal["teacher", "report"] = "report"
     model: DualBranchConfig = field(default_factory=DualBranchConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

@@ -48,7 +48,7 @@ def top_heads(importance: Tensor, n_kv_heads: int, n_keep: int) -> Tensor:
     """Indices of the heads to keep: the best of every K/V group, as many in each, so that groups stay whole. Ascending."""
     groups = importance.view(n_kv_heads, -1)
     best = groups.topk(n_keep // n_kv_heads, dim=1).indices.sort(dim=1).values
-    return (best + torch.arange(n_kv_heads)[:, None] * groups.shape[1]).flatten()
+    return (best + torch.arange(n_kv_heads, device=best.device)[:, None] * groups.shape[1]).flatten()
 
 
 def ridge(inputs: Tensor, outputs: Tensor, strength: float = 1e-3) -> Tensor:
@@ -69,7 +69,7 @@ def cut_branch(target: Branch, source: Branch, view: LayerView, n_kv_heads: int)
     """Fills `target` (at most as wide) from `source` on one layer's calibration view. Mutates `target`."""
     head_dim = source.w_q.out_features // source.n_heads
     heads = top_heads(head_importance(source, view), n_kv_heads, target.n_heads)
-    rows = (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
+    rows = (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()
     copy_rows(target.w_q, source.w_q, rows)
     target.q_norm.load_state_dict(source.q_norm.state_dict())
     target.ff_norm.load_state_dict(source.ff_norm.state_dict())

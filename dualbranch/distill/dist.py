@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def init() -> None:
+def init(device: torch.device) -> None:
     """Joins the process group if `torchrun` started us (nccl on GPUs, gloo otherwise)."""
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
+        if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
 
 
 def finish() -> None:
@@ -51,7 +51,9 @@ def total(value: Tensor) -> Tensor:
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank, so that all take the same turn."""
-    return bool(total(torch.tensor(float(flag)))) if dist.is_initialized() else flag
+    if not dist.is_initialized():
+        return flag
+    return bool(total(torch.tensor(float(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")))
 
 
 def shard(model: nn.Module) -> nn.Module:
@@ -61,7 +63,7 @@ def shard(model: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
+    mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
         register_fsdp_forward_method(block, "mix")

@@ -38,12 +38,13 @@ def run(config: RunConfig, resume: bool = False) -> Path:
     Raises RunExists when the folder holds a run and `resume` is not set, or a run of another config; ValueError for what the config gets
     wrong; OSError where the folder can't be written; trainer.Stopped on Ctrl-C.
     """
-    dist.init()
+    device = choose_device(config.device)
+    dist.init(device)
     if config.threads:
         torch.set_num_threads(config.threads)
     folder = open_run(config, resume)
     log = MetricsLog(folder / "metrics.jsonl")
-    teacher, tok = make_teacher(config, folder, log)
+    teacher, tok = make_teacher(config, folder, log, device)
     if config.until == "teacher":
         return folder
     model_config = dataclasses.replace(config.model, vocab_size=tok.vocab_size)
@@ -60,6 +61,16 @@ def run(config: RunConfig, resume: bool = False) -> Path:
             write_text(folder / "evaluation.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         write_report(folder)
     return folder
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a run. ValueError where there is no GPU to be had."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch finds no GPU here; set device: auto or cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.set_float32_matmul_precision("high")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def open_run(config: RunConfig, resume: bool) -> Path:
@@ -95,7 +106,7 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return found
 
 
-def stage(folder: Path, tok: Tokenizer, make: Callable[[], DualBranchModel]) -> DualBranchModel:
+def stage(folder: Path, tok: Tokenizer, device: torch.device, make: Callable[[], DualBranchModel]) -> DualBranchModel:
     """The checkpoint in `folder` if its stage is done, else what `make` returns, saved there."""
     if not (folder / "done").exists():
         if dist.rank() == 0:
@@ -105,21 +116,24 @@ def stage(folder: Path, tok: Tokenizer, make: Callable[[], DualBranchModel]) -> 
             save_checkpoint(folder, model, tok)
             write_text(folder / "done", "")
         dist.barrier()
-    return load_checkpoint(folder)[0]
+    return load_checkpoint(folder, device)[0]
 
 
-def make_teacher(config: RunConfig, folder: Path, log: MetricsLog) -> tuple[DualBranchModel, Tokenizer]:
+def make_teacher(config: RunConfig, folder: Path, log: MetricsLog, device: torch.device) -> tuple[DualBranchModel, Tokenizer]:
     """The configured checkpoint, or one trained here (with a tokenizer of its own)."""
     if config.teacher.checkpoint is not None:
-        loaded = load(config.teacher.checkpoint)
+        loaded = load(config.teacher.checkpoint, device=device, dtype=torch.float32)
         return loaded.model, loaded.tokenizer
     path = folder / "tokenizer.model"
     if not path.exists() and dist.rank() == 0:
-        stages.train_tokenizer(config, path)
+        if config.teacher.init is None:
+            stages.train_tokenizer(config, path)
+        else:
+            load(config.teacher.init).tokenizer.save(path)
     dist.barrier()
     tok = Tokenizer.load(path)
     sized = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tok.vocab_size))
-    return stage(folder / "teacher", tok, lambda: stages.train_teacher(sized, tok, folder / "teacher", log)), tok
+    return stage(folder / "teacher", tok, device, lambda: stages.train_teacher(sized, tok, folder / "teacher", log, device)), tok
 
 
 def make_student(
@@ -133,12 +147,13 @@ def make_student(
             raise ValueError(f"student.init is 'teacher' but the sizes differ ({'; '.join(different)}); match them, or set student.init: smaller")
         student = DualBranchModel(model_config)
         student.init_weights(config.seed + 1)
+        student.to(teacher.device)
         if config.student.init != "scratch":
-            calibration = stages.source(config, tok, purpose=4).batch(0, n_rows=config.student.refit_rows)
+            calibration = stages.source(config, tok, purpose=4).batch(0, n_rows=config.student.refit_rows).map(lambda x: x.to(teacher.device))
             init_from_teacher(student, teacher, calibration)
         return stages.train_student(config, tok, teacher, student, folder, log, name)
 
-    return stage(folder, tok, make)
+    return stage(folder, tok, teacher.device, make)
 
 
 def make_gate(config: RunConfig, student: DualBranchModel, folder: Path, tok: Tokenizer, log: MetricsLog) -> DualBranchModel:
@@ -149,7 +164,7 @@ def make_gate(config: RunConfig, student: DualBranchModel, folder: Path, tok: To
         stages.train_gate(config, tok, student, log)
         return student
 
-    return stage(folder, tok, make)
+    return stage(folder, tok, student.device, make)
 
 
 def dense_of_equal_cost(c: DualBranchConfig, slow_share: float) -> DualBranchConfig:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+
+from torch.utils.data import DataLoader
 
 from dualbranch.chat import render_conversation
 from dualbranch.data.packing import Rows, pack
@@ -64,10 +65,10 @@ class BatchSource:
             return rng.choice(self.gym)
         if self.needs_thinking and rng.random() < 0.5:
             i = rng.randrange(len(self.needs_thinking))
-            return render_conversation(self.tok, [self.assessed_problem(i)], [self.needs_thinking[i]], DECISION_WEIGHT)
+            return render_conversation(self.tok, [self.assessed_problem(i)], [self.needs_thinking[i]], DECISION_WEIGHT, c.answer_weight)
         n_turns = rng.choice((2, 3)) if rng.random() < c.multi_turn else 1
         problems = [self.problem(rng, progress) for _ in range(n_turns)]
-        return render_conversation(self.tok, problems, [rng.random() < c.thinking for _ in problems])
+        return render_conversation(self.tok, problems, [rng.random() < c.thinking for _ in problems], answer_weight=c.answer_weight)
 
     def batch(self, step: int, progress: float = 1.0, n_rows: int | None = None) -> Rows:
         """`n_rows` (default `batch_rows`) packed rows; the same step gives the same rows."""
@@ -83,6 +84,33 @@ class BatchSource:
             too_long += 1
             if too_long > 100 and too_long > len(examples):
                 raise ValueError(f"most documents are longer than data.seq_len = {length} tokens (the last has {len(ids)}); raise it")
-        rows = pack(examples, length, self.align, self.tok.pad_id)
-        keep = {name: getattr(rows, name)[:n_rows] for name in ("tokens", "targets", "loss_weights", "doc_start")}
-        return replace(rows, **keep)
+        return pack(examples, length, self.align, self.tok.pad_id).map(lambda x: x[:n_rows])
+
+
+class Prefetcher:
+    """`batch(step)`, prepared ahead by `workers` processes. Batches depend on the step alone, so nothing else changes.
+
+    Call `restart` after a change that the processes must see.
+    """
+
+    def __init__(self, batch: Callable[[int], Rows], n_steps: int, workers: int) -> None:
+        self.batch, self.n_steps, self.workers = batch, n_steps, workers
+        self.restart()
+
+    def restart(self) -> None:
+        self.next, self.ahead = -1, iter(())
+
+    def __call__(self, step: int) -> Rows:
+        if not self.workers:
+            return self.batch(step)
+        if step != self.next:
+            steps = range(step, self.n_steps)
+            self.ahead = iter(DataLoader(self, batch_size=None, sampler=steps, num_workers=self.workers, prefetch_factor=4, multiprocessing_context="fork"))
+        self.next = step + 1
+        return next(self.ahead)
+
+    def __len__(self) -> int:
+        return self.n_steps
+
+    def __getitem__(self, step: int) -> Rows:
+        return self.batch(step)

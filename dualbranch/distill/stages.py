@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,16 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualbranch.chat import render_prompt
-from dualbranch.checkpoint import write_text
+from dualbranch.checkpoint import load, write_text
 from dualbranch.config import DualBranchConfig
 from dualbranch.data.packing import Rows
 from dualbranch.data.problem import LANGS, LEVELS, Problem, sample_problem, verify
 from dualbranch.data.tasks import TASKS
+from dualbranch.data.tasks.words import known_words
 from dualbranch.data.text import load_documents
 from dualbranch.distill import dist
 from dualbranch.distill.config import RunConfig
 from dualbranch.distill.losses import align_loss, distill_loss, hard_loss, token_kl
-from dualbranch.distill.sources import BatchSource
+from dualbranch.distill.sources import BatchSource, Prefetcher
 from dualbranch.distill.teacher_cache import TeacherCache
 from dualbranch.distill.trainer import Loop, train
 from dualbranch.gate import Calibration
@@ -50,35 +53,44 @@ def source(config: RunConfig, tok: Tokenizer, split: str = "train", purpose: int
 
 
 def train_tokenizer(config: RunConfig, path: Path) -> Tokenizer:
-    """A sentencepiece model of the generator's text (and the user's), written to `path`."""
+    """A sentencepiece model of the generator's text (and the user's), written to `path`.
+
+    The generator's templates are cut at the words filled in, so that no piece joins a name with its surroundings: a model then copies a
+    name as one token wherever it stands, instead of learning a table of pieces.
+    """
     rng, tasks = random.Random(f"tokenizer:{config.seed}"), list(config.data.tasks) or list(TASKS)
+    words = re.compile("((?<![A-Za-z])(?:" + "|".join(sorted(map(re.escape, known_words()), key=len, reverse=True)) + "))")
 
-    def texts():
-        for i in range(config.tokenizer.n_problems):
-            p = sample_problem(rng, tasks[i % len(tasks)], rng.choice(LEVELS), rng.choice(LANGS), "train")
-            yield from (p.prompt, p.trace, p.answer)
-        if config.data.text:
-            yield from load_documents(config.data.text, "train")
-
-    return Tokenizer.train(texts(), config.tokenizer.vocab_size, path)
+    problems = (sample_problem(rng, tasks[i % len(tasks)], rng.choice(LEVELS), rng.choice(LANGS), "train") for i in range(config.tokenizer.n_problems))
+    texts = [part for p in problems for text in (p.prompt, p.trace, p.answer) for part in words.split(text)]
+    counts = Counter(char for text in texts for char in text)
+    made_up = str.maketrans({char: "\n" for char, n in counts.items() if n < config.tokenizer.n_problems / 1000})  # they stay bytes
+    texts = [text.translate(made_up) for text in texts]
+    if config.data.text:
+        texts += load_documents(config.data.text, "train")
+    return Tokenizer.train(texts, config.tokenizer.vocab_size, path)
 
 
 def snapshot(model: DualBranchModel) -> DualBranchModel:
     """An unsharded copy, for generation in the middle of training. Collective."""
     copy = DualBranchModel(model.config)
     copy.load_state_dict({n: dist.full(p.detach()) for n, p in model.state_dict().items()})
-    return copy.eval()
+    return copy.to(model.device).eval()
 
 
-def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log) -> DualBranchModel:
+def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log, device: torch.device) -> DualBranchModel:
     """A dense decoder trained on the generator with and without reasoning, then to decide between the two by its own results."""
     t = config.teacher
     model = DualBranchModel(dense_config(config.model))
-    model.init_weights(config.seed)
-    dist.shard(model)
+    if t.init is None:
+        model.init_weights(config.seed)
+    else:
+        model.load_state_dict(load(t.init, dtype=torch.float32).model.state_dict())
+    dist.shard(model.to(device))
     data = source(config, tok)
     first_decision = t.steps - round(t.steps * t.decide)
     assessment = folder / "needs_thinking.json"
+    ahead = Prefetcher(lambda step: data.batch(step, progress=step / t.steps), t.steps, config.data.workers)
 
     def loss(rows: Rows, step: int) -> dict[str, Tensor]:
         logits = model(rows.tokens, doc_start=rows.doc_start).logits
@@ -90,7 +102,8 @@ def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log) -> 
                 assess(snapshot(model), tok, data, t.n_assess, assessment, log)
             dist.barrier()
             data.needs_thinking = json.loads(assessment.read_text())
-        return data.batch(step, progress=step / t.steps)
+            ahead.restart()
+        return ahead(step)
 
     train(model, Loop("teacher", folder, t.steps, t.optim, config.save_every, batch, loss, log))
     return snapshot(model)
@@ -109,8 +122,9 @@ def direct_answers(model: DualBranchModel, tok: Tokenizer, problems: list[Proble
     """Whether each problem is answered correctly without reasoning, greedy, by the route of `mode`."""
     mode, params = resolve(mode, thinking="off"), SamplingParams(max_tokens=96)
     right: list[bool] = []
-    for i in range(0, len(problems), 256):
-        part = problems[i : i + 256]
+    size = 256 if model.device.type == "cpu" else 2048
+    for i in range(0, len(problems), size):
+        part = problems[i : i + size]
         prompts = [render_prompt(tok, [{"role": "user", "content": p.prompt}]) for p in part]
         replies = generate_batch(model, tok, prompts, mode, params)
         right += [verify(p, r.reply.answer) for p, r in zip(part, replies, strict=True)]
@@ -134,8 +148,7 @@ def train_student(
     cache = TeacherCache(folder / "teacher_logits", s.cache_logits, teacher) if s.cache_logits else None
     aligned = s.align > 0 and student.config.d_model == teacher.config.d_model
 
-    def batch(step: int) -> Rows:
-        return data.batch(step % s.distinct_batches if s.distinct_batches else step)
+    batch = Prefetcher(lambda step: data.batch(step % s.distinct_batches if s.distinct_batches else step), s.steps, config.data.workers)
 
     def loss(rows: Rows, step: int) -> dict[str, Tensor]:
         w, valid = rows.loss_weights.flatten(), (rows.tokens != tok.pad_id).flatten().float()
@@ -169,7 +182,7 @@ def choose_route(config: RunConfig, step: int, rows: Rows, dense: bool) -> str |
     if u >= fast + mixed:
         return "slow"
     share = torch.rand(len(rows), 1, generator=generator)
-    return torch.rand(rows.tokens.shape, generator=generator) < share
+    return (torch.rand(rows.tokens.shape, generator=generator) < share).to(rows.tokens.device)
 
 
 @torch.no_grad()
@@ -256,5 +269,6 @@ def think_threshold(p_think: list[float], direct_right: list[bool], errors: floa
 
 def collect(model: DualBranchModel, tok: Tokenizer, data: BatchSource, n_rows: int) -> tuple[Tensor, Tensor]:
     """`gate_examples` over `n_rows` rows: stem outputs `(n, E)` and KL `(n,)`."""
-    parts = [gate_examples(model, tok, data.batch(i, n_rows=min(16, n_rows))) for i in range(-(-n_rows // 16))]
+    batches = (data.batch(i, n_rows=min(16, n_rows)).map(lambda x: x.to(model.device)) for i in range(-(-n_rows // 16)))
+    parts = [gate_examples(model, tok, rows) for rows in batches]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])

@@ -39,12 +39,12 @@ class TeacherCache:
 
     def targets(self, batch: int, rows: Rows, keep: Tensor) -> tuple[Tensor, Tensor]:
         """`ids (n, k)`, `log_p (n, k + 1)` of the tokens of `rows` where `keep (R * T,)`, in order."""
-        key = hashlib.sha256(rows.tokens.numpy().tobytes() + keep.numpy().tobytes()).hexdigest()[:12]  # of this part of the batch
+        key = hashlib.sha256(rows.tokens.cpu().numpy().tobytes() + keep.cpu().numpy().tobytes()).hexdigest()[:12]  # of this part of the batch
         path = self.folder / f"{batch:06d}-{key}.safetensors"
         if path.exists():
             try:
                 stored = load_tensors(path)
-                return stored["ids"].long(), stored["log_p"].float()
+                return stored["ids"].long().to(keep.device), stored["log_p"].float().to(keep.device)
             except (CheckpointError, KeyError):
                 path.unlink()  # damaged: compute it again
         self.n_computed += 1

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -50,11 +50,6 @@ class Loop:
     loss: Callable[[Rows, int], dict[str, Tensor]]
     log: Callable[[dict], None]
     quiet: bool = False
-
-
-def rows_of(rows: Rows, index: slice) -> Rows:
-    """A part of a batch: the same fields, fewer rows."""
-    return replace(rows, **{n: getattr(rows, n)[index] for n in ("tokens", "targets", "loss_weights", "doc_start")})
 
 
 def train(model: nn.Module, loop: Loop) -> float:
@@ -102,11 +97,11 @@ def gradient_step(model: nn.Module, loop: Loop, rows: Rows, step: int) -> dict[s
     if n % (parts * world):
         raise ValueError(f"data.batch_rows is {n}; it must be a multiple of micro_batches x processes = {parts} x {world}")
     weight = float(rows.loss_weights.sum().clamp(min=1.0))
-    size = n // (parts * world)
+    size, device = n // (parts * world), next(model.parameters()).device
     sums: dict[str, Tensor] = {}
     for i in range(parts):
         begin = (i * world + dist.rank()) * size
-        losses = loop.loss(rows_of(rows, slice(begin, begin + size)), step)
+        losses = loop.loss(rows.map(lambda x: x[begin : begin + size].to(device)), step)  # noqa: B023
         total = sum(losses.values()) / weight
         (total * world).backward()  # FSDP averages over ranks
         for name, value in (losses | {"loss": total * weight}).items():
@@ -117,9 +112,9 @@ def gradient_step(model: nn.Module, loop: Loop, rows: Rows, step: int) -> dict[s
 def persist(model: nn.Module, optimizers: list[torch.optim.Optimizer], folder: Path, step: int) -> None:
     """Writes everything needed to continue after `step` steps. Collective."""
     names = {p: n for n, p in model.named_parameters()}
-    weights = {n: dist.full(p.detach()) for n, p in model.named_parameters()}
+    weights = {n: dist.full(p.detach()).cpu() for n, p in model.named_parameters()}
     states = {
-        str(i): {names[p]: {k: dist.full(v) if isinstance(v, Tensor) else v for k, v in s.items()} for p, s in o.state.items()}
+        str(i): {names[p]: {k: dist.full(v).cpu() if isinstance(v, Tensor) else v for k, v in s.items()} for p, s in o.state.items()}
         for i, o in enumerate(optimizers)
     }
     if dist.rank() == 0:

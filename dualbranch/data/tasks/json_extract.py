@@ -1,6 +1,8 @@
 """Named fields of a short text as JSON. Hard: the text tells of two people, one is asked about.
 
-The trace lists what was found, `name=Tom age=34`, in the order asked for.
+The trace lists what was found, `name=Tom age=34`, in the order asked for. Hard ones first name who is asked
+about, go through the sentences, `Tom?Anna no;Tom price=5;Tom city=Oslo;Anna no;`, and keep what is said of that person: a look-up by owner and
+field at once is what small models don't learn (docs/experiments.md).
 """
 
 import json
@@ -42,6 +44,10 @@ def _people(rng: Random, count: int, shift: str | None) -> list[dict]:
              "price": rng.randint(5, 999), "date": f"{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"} for i in range(count)]
 
 
+def _facts(person: dict, says: tuple[str, ...], fields: list[str]) -> str:
+    return " ".join(f"{field}={person[field]}" for field in says if field in fields) or "-"
+
+
 def draw(rng: Random, level: str, lang: str, shift: str | None):
     people = _people(rng, 2 if level == "hard" else 1, shift)
     asked = people[0]
@@ -50,14 +56,17 @@ def draw(rng: Random, level: str, lang: str, shift: str | None):
     key = ",".join(sorted(f"{field}={asked[field][0] if isinstance(asked[field], tuple) else asked[field]}" for field in fields))
 
     told = [{field: in_lang(value, lang) if isinstance(value, tuple) else value for field, value in person.items()} for person in people]
-    clauses = (PERSON,) if level == "easy" else (PERSON, PURCHASE)
-    sentences = [clause.pick(rng, lang, shift).format(**person) for person in told for clause in clauses]
-    rng.shuffle(sentences)
+    clauses = ((PERSON, FIELDS[1:3]),) if level == "easy" else ((PERSON, FIELDS[1:3]), (PURCHASE, FIELDS[3:]))
+    parts = [(clause.pick(rng, lang, shift).format(**person), person, says) for person in told for clause, says in clauses]
+    rng.shuffle(parts)
     request = (REQUEST_ABOUT if level == "hard" else REQUEST).pick(rng, lang, shift)
     prompt = request.format(fields=(", " if lang == "en" else "、").join(fields), name=told[0]["name"],
-                            text=(" " if lang == "en" else "").join(sentences))
+                            text=(" " if lang == "en" else "").join(sentence for sentence, _, _ in parts))
     found = {field: told[0][field] for field in fields}
     trace = " ".join(f"{field}={value}" for field, value in found.items())
+    if level == "hard":
+        notes = [f"{person['name']} {_facts(person, says, fields) if person is told[0] else 'no'};" for _, person, says in parts]
+        trace = f"{told[0]['name']}?{''.join(notes)}{trace}"
     return prompt, json.dumps(found, ensure_ascii=False), trace, key
 
 
