@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,11 @@ def test_refuses_the_interpreter_and_an_empty_selection(tmp_path):
     done = compile_kernels(tmp_path, TRITON_INTERPRET="1")
     assert done.returncode == 2 and "unset it" in done.stderr
     assert compile_kernels(tmp_path, "--match", "no such kernel").returncode == 1
+
+
+def test_every_module_that_launches_a_kernel_has_cases():
+    launching = {f"kernels.{p.stem}" for p in (ROOT / "kernels").glob("*.py") if re.search(r"_kernel\[", p.read_text(encoding="utf-8"))}
+    assert launching and launching == set(aot.triton_modules())
 
 
 def test_without_triton_it_names_the_package(monkeypatch, capsys):
