@@ -21,6 +21,7 @@ from kernels.prefill_triton import (
     Union,
     aot_shapes,
     by_rows,
+    dot,
     forward_constants,
     load_rows,
     padded_dim,
@@ -39,11 +40,11 @@ SINK_RUN = 64  # tiles of queries that one program of sinks_kernel sums over
 @triton.jit
 def query_gradient(dq, rows, do, lse, delta, k, v, mask, scale):
     """dq (rows, BD) with one tile of keys added."""
-    s = tl.dot(rows, tl.trans(k), input_precision="ieee") * scale  # (rows, keys)
+    s = dot(rows, tl.trans(k), None) * scale  # (rows, keys)
     p = tl.where(mask, tl.exp2(s - lse[:, None]), 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+    dp = dot(do, tl.trans(v), None)
     ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dot(ds.to(k.dtype), k, dq)
 
 
 @triton.jit
@@ -117,12 +118,12 @@ def key_gradients(
     row = (b.to(tl.int64) * T + query) * (HK * GROUP) + h * GROUP + head
     row_lse = tl.load(lse + row, mask=valid, other=0.0)
     row_delta = tl.load(delta + row, mask=valid, other=0.0)
-    s = tl.dot(keys_k, tl.trans(rows), input_precision="ieee") * scale  # (keys, rows)
+    s = dot(keys_k, tl.trans(rows), None) * scale  # (keys, rows)
     p = tl.where(mask, tl.exp2(s - row_lse[None, :]), 0.0)
-    dv = tl.dot(p.to(d_rows.dtype), d_rows, dv, input_precision="ieee")
-    dp = tl.dot(keys_v, tl.trans(d_rows), input_precision="ieee")
+    dv = dot(p.to(d_rows.dtype), d_rows, dv)
+    dp = dot(keys_v, tl.trans(d_rows), None)
     ds = tl.where(mask, p * (dp - row_delta[None, :]), 0.0)  # the mask again: a key that nobody reads may be NaN
-    dk = tl.dot(ds.to(rows.dtype), rows, dk, input_precision="ieee")
+    dk = dot(ds.to(rows.dtype), rows, dk)
     return dk, dv
 
 
@@ -164,7 +165,7 @@ def sinks_kernel(
     order, tile_pos, tile_start,
     runs,  # (n_runs, 3) int32: row of the batch, first tile, stop tile; all of one document
     q_sb, q_st, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, do_sb, do_st, do_sh,
-    T, HK, n_tiles, window, n_sinks, dense_len, scale, score_scale,
+    T, S, HK, n_tiles, window, n_sinks, dense_len, scale, score_scale,
     GROUP: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     run, h, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -172,7 +173,7 @@ def sinks_kernel(
     b64 = b.to(tl.int64)
     j = chunk * 16 + tl.arange(0, 16)
     key = tl.load(tile_start + b * n_tiles + first) + j
-    in_row = (j < n_sinks) & (key <= tl.load(tile_pos + (b * n_tiles + stop - 1) * BT))  # a later key may lie outside the key axis
+    in_row = (j < n_sinks) & (key < S)
     keys_k = load_rows(k + b64 * k_sb + h * k_sh, key, in_row, k_ss, D, BD)  # (16, BD)
     keys_v = load_rows(v + b64 * v_sb + h * v_sh, key, in_row, v_ss, D, BD)
     q += b64 * q_sb + (h * GROUP) * q_sh
@@ -343,7 +344,7 @@ def backward(
         if n_runs:
             partial = torch.empty(2, n_runs, Hk, n_chunks * 16, D, dtype=torch.float32, device=q.device)
             sinks_kernel[(n_runs, Hk, n_chunks)](
-                *inputs, *partial, *tables, sinks.runs, *strides, T, Hk, tiles.n_tiles, window, n_sinks, dense_len, *scales, **shape, **config["sinks"]
+                *inputs, *partial, *tables, sinks.runs, *strides, T, S, Hk, tiles.n_tiles, window, n_sinks, dense_len, *scales, **shape, **config["sinks"]
             )
             add_sinks_kernel[(Hk, B)](*partial, dk, dv, sinks.start, sinks.offset, S, Hk, n_chunks, n_sinks, D=D, BD=padded_dim(D), num_warps=4)
     if union is not None:

@@ -69,6 +69,14 @@ def union_kernel(
 
 
 @triton.jit
+def dot(a, b, c):
+    """a @ b + c in fp32 (c None = 0); fp32 operands are not rounded to tf32."""
+    if INTERPRETED:  # the interpreter would multiply the bits of bf16 numbers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, c, input_precision="ieee")
+
+
+@triton.jit
 def load_rows(ptr, index, valid, stride, D: tl.constexpr, BD: tl.constexpr):
     """(rows, BD): row index[r] of ptr where valid, else zero; columns past D are zero."""
     d = tl.arange(0, BD)
@@ -113,13 +121,13 @@ def union_part(union_ids, union_words, n, c0, BN: tl.constexpr, BLOCK: tl.conste
 @triton.jit
 def online_softmax(total, m, norm, q, k, v, mask, scale):
     """Takes one tile of keys into the running softmax; scores are in powers of two. m starts finite, so no NaN arises."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (rows, keys)
+    s = dot(q, tl.trans(k), None) * scale  # (rows, keys)
     s = tl.where(mask, s, float("-inf"))
     new_m = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s - new_m[:, None])
     shrink = tl.exp2(m - new_m)
     norm = norm * shrink + tl.sum(p, 1)
-    total = tl.dot(p.to(v.dtype), v, total * shrink[:, None], input_precision="ieee")
+    total = dot(p.to(v.dtype), v, total * shrink[:, None])
     return total, new_m, norm
 
 

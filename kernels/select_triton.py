@@ -19,15 +19,23 @@ from kernels.tiles import make_tiles
 
 UNUSED = tl.constexpr(2**63 - 1)
 LOWEST = tl.constexpr(-(2**31))
+STEP = tl.constexpr(32)  # columns of queries and pooled keys multiplied at a time
 SCRATCH_BYTES = 1 << 26  # most scratch memory of one launch
 
 
 @triton.jit
-def block_scores(q_sum, pooled, n, seen, stop, pooled_sn, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
-    """(BT, BN) scores as int32 in the order of the numbers; LOWEST where a query may not select the block."""
-    d = tl.arange(0, BD)
-    block = tl.load(pooled + n[:, None] * pooled_sn + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)  # (BN, BD)
-    score = tl.dot(q_sum, tl.trans(block), input_precision=PRECISION)
+def block_scores(q_sum, pooled, n, seen, stop, pooled_sn, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """(BT, BN) scores as int32 in the order of the numbers; LOWEST where a query may not select the block.
+
+    The queries are read again, a few columns at a time: "tf32x3" splits its operands in registers, which cannot hold them all.
+    """
+    slot = tl.arange(0, BT)
+    score = tl.zeros((BT, n.shape[0]), tl.float32)
+    for d0 in tl.static_range(0, BD, STEP if BD > STEP else BD):
+        d = d0 + tl.arange(0, STEP if BD > STEP else BD)
+        rows = tl.load(q_sum + slot[:, None] * BD + d[None, :])
+        block = tl.load(pooled + n[:, None] * pooled_sn + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)  # (BN, STEP)
+        score = tl.dot(rows, tl.trans(block), score, input_precision=PRECISION)
     score = tl.where(score == 0.0, 0.0, score)  # no -0.0
     bits = score.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -38,7 +46,7 @@ def block_scores(q_sum, pooled, n, seen, stop, pooled_sn, D: tl.constexpr, BD: t
 def cut_to_best(buffer, count, M: tl.constexpr, MP: tl.constexpr, CAP: tl.constexpr, COUNTING: tl.constexpr):
     """(BT, MP) best keys of each query's buffer, UNUSED past the M-th."""
     c = tl.arange(0, CAP)
-    tl.debug_barrier()  # the program's own stores become readable
+    tl.debug_barrier()
     keys = tl.load(buffer[:, None] + c[None, :], mask=c[None, :] < count[:, None], other=UNUSED)
     tl.debug_barrier()
     best = smallest(keys, MP, COUNTING)
@@ -50,7 +58,7 @@ def select_kernel(
     q,  # (B, T, H, D) by strides
     pooled,  # (B, N, HK, D) fp32 by strides; rows that no query may select can hold anything
     block_ids,  # (B, T, HK, M) int32, ascending, -1 = unused, at the end
-    buffers,  # scratch: CAP int64 per query of the launch
+    q_sums, buffers,  # scratch: per query of the launch, BD fp32 and CAP int64
     order, tile_pos, tile_start,  # tiles of plan (see tiles.py)
     q_sb, q_st, q_sh, pooled_sb, pooled_sn, pooled_sh,
     T, HK, n_tiles, tile0, window, n_sinks, dense_len,
@@ -74,26 +82,29 @@ def select_kernel(
     q += b64 * q_sb + (h * GROUP) * q_sh
     q_rows = q + query.to(tl.int64)[:, None] * q_st + d[None, :]
     q_mask = (query >= 0)[:, None] & (d < D)[None, :]
-    q_sum = tl.zeros((BT, BD), tl.float32)
+    rows = tl.zeros((BT, BD), tl.float32)
     for g in range(GROUP):
-        q_sum += tl.load(q_rows + g * q_sh, mask=q_mask, other=0.0).to(tl.float32)
+        rows += tl.load(q_rows + g * q_sh, mask=q_mask, other=0.0).to(tl.float32)
+    program = (b * tl.num_programs(1) + h).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    q_sum = q_sums + program * BT * BD
+    tl.store(q_sum + slot[:, None] * BD + d[None, :], rows)
+    tl.debug_barrier()  # the program's own stores become readable
 
     floor = tl.full((BT,), LOWEST, tl.int32)  # a block is collected if its score is above
     if last - first > BN:
         top = tl.full((BT, BN), LOWEST, tl.int32)
         for n0 in tl.range(first, last, BN):
             n = n0 + column
-            top = tl.maximum(top, block_scores(q_sum, pooled, n, n < last, stop, pooled_sn, D, BD, PRECISION))
+            top = tl.maximum(top, block_scores(q_sum, pooled, n, n < last, stop, pooled_sn, D, BD, BT, PRECISION))
         best = smallest(~top, MP, COUNTING)  # ~x turns the order round
         floor = ~tl.max(tl.where((tl.arange(0, MP) < M)[None, :], best, LOWEST), 1)
         floor = tl.maximum(floor, LOWEST + 1) - 1
 
-    program = (b * tl.num_programs(1) + h).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     buffer = buffers + (program * BT + slot) * CAP
     count = tl.zeros((BT,), tl.int32)
     for n0 in tl.range(first, last, BN):
         n = n0 + column
-        score = block_scores(q_sum, pooled, n, n < last, stop, pooled_sn, D, BD, PRECISION)
+        score = block_scores(q_sum, pooled, n, n < last, stop, pooled_sn, D, BD, BT, PRECISION)
         found = (score > floor[:, None]).to(tl.int32)
         n_found = tl.sum(found, 1)
         if tl.max(count + n_found, 0) > CAP:
@@ -124,8 +135,8 @@ def launch_config(head_dim: int, n_selected_blocks: int) -> dict:
 
     "ieee" products run on the ordinary cores; "tf32x3" on the tensor cores, to about 1e-6 of the score.
     """
-    columns = max(64, 2 * triton.next_power_of_2(n_selected_blocks))
-    return {"BT": 32, "BN": columns, "CAP": 2 * columns, "PRECISION": "tf32x3", "num_warps": 4, "num_stages": 2}
+    columns = max(32, 2 * triton.next_power_of_2(n_selected_blocks))
+    return {"BT": 64 if columns == 32 else 32, "BN": columns, "CAP": 2 * columns, "PRECISION": "tf32x3", "num_warps": 8, "num_stages": 2}
 
 
 def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSpec) -> Tensor:
@@ -138,11 +149,14 @@ def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSp
         return ids
     config = launch_config(D, M)
     tiles = make_tiles(plan, config["BT"], spec.window, spec.dense_len)
-    step = min(tiles.n_tiles, max(1, SCRATCH_BYTES // (8 * B * Hk * config["BT"] * config["CAP"])))
-    buffers = torch.empty(B * Hk * step * config["BT"] * config["CAP"], dtype=torch.int64, device=q.device)
+    per_query = 8 * config["CAP"] + 4 * padded_dim(D)
+    step = min(tiles.n_tiles, max(1, SCRATCH_BYTES // (B * Hk * config["BT"] * per_query)))
+    n_queries = B * Hk * step * config["BT"]
+    q_sums = torch.empty(n_queries * padded_dim(D), dtype=torch.float32, device=q.device)
+    buffers = torch.empty(n_queries * config["CAP"], dtype=torch.int64, device=q.device)
     for tile0 in range(0, tiles.n_tiles, step):
         select_kernel[(min(step, tiles.n_tiles - tile0), Hk, B)](
-            q, pooled, ids, buffers, tiles.order, tiles.pos, tiles.start, *q.stride()[:3], *pooled.stride()[:3],
+            q, pooled, ids, q_sums, buffers, tiles.order, tiles.pos, tiles.start, *q.stride()[:3], *pooled.stride()[:3],
             T, Hk, tiles.n_tiles, tile0, spec.window, spec.n_sinks, spec.dense_len,
             M=M, MP=triton.next_power_of_2(M), GROUP=H // Hk, D=D, BD=padded_dim(D), BLOCK=spec.block_size, COUNTING=INTERPRETED, **config,
         )  # fmt: skip
@@ -151,7 +165,7 @@ def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSp
 
 def aot_cases():
     """(kernel, signature, constexprs, options, label) of what `kernels.aot` compiles ahead of time."""
-    pointers = {"pooled": "*fp32", "buffers": "*i64"} | dict.fromkeys(("block_ids", "order", "tile_pos", "tile_start"), "*i32")
+    pointers = {"pooled": "*fp32", "q_sums": "*fp32", "buffers": "*i64"} | dict.fromkeys(("block_ids", "order", "tile_pos", "tile_start"), "*i32")
     numbers = ("q_sb", "q_st", "q_sh", "pooled_sb", "pooled_sn", "pooled_sh", "T", "HK", "n_tiles", "tile0", "window", "n_sinks", "dense_len")
     for head_dim, group, dtype in aot_shapes():
         for m in (16, 32) if head_dim <= 128 and dtype == torch.bfloat16 else (16,):

@@ -6,7 +6,7 @@ Callers pass COUNTING = INTERPRETED; both ways give the same numbers (tests/test
 import triton
 import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit

@@ -60,7 +60,8 @@ class AttentionPlan:
 
         cu_seqlens (n + 1,) integers: sequence i is tokens [cu_seqlens[i], cu_seqlens[i + 1]); it may be empty. On the key axis every
         sequence starts at a multiple of block_size, so that no block holds keys of two: token t's key and value belong at
-        `plan.q_pos[0, t]` of k, v (1, plan.n_keys, Hk, D), and the slots between sequences may hold anything.
+        `plan.q_pos[0, t]` of k, v (1, plan.n_keys, Hk, D). No query reads the slots between sequences; the plain-PyTorch path
+        needs them finite (zeros will do), for it multiplies them by zero.
         Raises ValueError if cu_seqlens is no such list. Reads it back.
         """
         if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool or len(cu_seqlens) < 2:
