@@ -55,8 +55,9 @@ def test_loss_weights_are_0_on_prompt_and_1_on_all_after_the_decision_token(tok,
 def test_answer_weight_counts_from_behind_the_reasoning(tok, thinking):
     ids, weights = render_conversation(tok, [SUM, CALL], [thinking, True], answer_weight=3.0)
     _, plain = render_conversation(tok, [SUM, CALL], [thinking, True])
-    n_answers = sum(w == 3.0 for w in weights)
-    assert n_answers == sum(len(render_example(tok, p, False)[0]) for p in (SUM, CALL)) - sum(len(render_prompt(tok, [{"role": "user", "content": p.prompt}])) + 1 for p in (SUM, CALL))
+    prompts = [render_prompt(tok, [{"role": "user", "content": p.prompt}]) for p in (SUM, CALL)]
+    direct = [render_example(tok, p, False)[0] for p in (SUM, CALL)]
+    assert weights.count(3.0) == sum(len(d) - len(p) - 1 for d, p in zip(direct, prompts, strict=True))
     assert [w and 1.0 for w in weights] == plain
 
 

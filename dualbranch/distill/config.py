@@ -20,8 +20,9 @@ class TokenizerConfig:
 class DataConfig:
     """What a batch holds. Shares are of documents.
 
-    `tasks`: names of the generator's tasks, empty = all; one named twice comes twice as often. `text`: the user's own files or folders (plain text, or conversations in JSONL).
-    `reasoning_gym`: names of that package's data sets, `reasoning_gym_size` problems of each, answered without reasoning.
+    `tasks`: names of the generator's tasks, empty = all; one named twice comes twice as often. `text`: the user's own files or folders (plain
+    text, or conversations in JSONL). `reasoning_gym`: names of that package's data sets, `reasoning_gym_size` problems of each, answered
+    without reasoning.
     `levels_start`, `levels_end`: weights of easy, medium, hard, moved linearly over the first `curriculum` share of the teacher's
     training. `thinking`: share of problems answered with their reasoning. `multi_turn`: share of documents with two to three problems.
     `answer_weight`: loss weight of an answer's tokens, where those of the reasoning before it count 1.
