@@ -259,14 +259,13 @@ def blocks_kernel(
 
 def launch_config(head_dim: int, group: int, dtype: torch.dtype) -> dict[str, dict]:
     """Options per kernel; BT is the forward's, for the unions are built for it. BN: keys per step or program."""
-    wide = dtype == torch.float32
-    warps = 8 if head_dim > 64 or wide else 4
-    return {
-        "dq": {"BN": 32 if wide or head_dim > 64 else 64, "num_warps": warps, "num_stages": 2},
-        "near": {"BN": 32 if wide or head_dim > 128 else 64, "num_warps": 8 if head_dim > 64 or wide else 4, "num_stages": 2},
-        "sinks": {"num_warps": 4, "num_stages": 2},
-        "blocks": {"num_warps": 4, "num_stages": 2},
-    }
+    if dtype == torch.float32:  # no tensor cores: both factors of a product sit in registers
+        near = far = {"BN": 16, "num_warps": 8, "num_stages": 2}
+    else:
+        far = {"BN": 64 if head_dim <= 64 else 32, "num_warps": 4 if head_dim <= 64 else 8, "num_stages": 2}
+        near = far | {"BN": 64 if head_dim <= 128 else 32}
+    few = {"num_warps": 4, "num_stages": 2}  # 16 keys at a time
+    return {"dq": far, "near": near, "sinks": few, "blocks": few}
 
 
 class SinkRuns(NamedTuple):

@@ -188,10 +188,11 @@ def forward_kernel(
 
 def launch_config(head_dim: int, group: int, dtype: torch.dtype) -> dict:
     """Tile sizes and launch options of the forward: BT queries (at most 32: a word of bits) times the padded group are the rows."""
-    wide = dtype == torch.float32
     group = triton.next_power_of_2(group)
-    rows = 64 if head_dim <= 128 and not wide else 32
-    return {"BT": min(32, max(1, rows // group)), "BN": 32 if wide or head_dim > 128 else 64, "num_warps": 4, "num_stages": 2 if wide or head_dim > 64 else 3}
+    if dtype == torch.float32:  # no tensor cores: both factors of a product sit in registers
+        return {"BT": max(1, min(32, (32 if head_dim <= 64 else 16) // group)), "BN": 16, "num_warps": 4 if head_dim <= 64 else 8, "num_stages": 2}
+    rows = 64 if head_dim <= 128 else 32
+    return {"BT": min(32, rows // group), "BN": 64 if head_dim <= 128 else 32, "num_warps": 4, "num_stages": 3 if head_dim <= 64 else 2}
 
 
 def padded_dim(head_dim: int) -> int:

@@ -19,8 +19,16 @@ from kernels.tiles import make_tiles
 
 UNUSED = tl.constexpr(2**63 - 1)
 LOWEST = tl.constexpr(-(2**31))
-STEP = tl.constexpr(32)  # columns of queries and pooled keys multiplied at a time
 SCRATCH_BYTES = 1 << 26  # most scratch memory of one launch
+
+
+@triton.jit
+def add_columns(score, q_sum, pooled, d0, n, seen, pooled_sn, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
+    """score (BT, BN) plus the products of columns [d0, d0 + STEP)."""
+    d = d0 + tl.arange(0, STEP)
+    rows = tl.load(q_sum + tl.arange(0, BT)[:, None] * BD + d[None, :])  # (BT, STEP)
+    block = tl.load(pooled + n[:, None] * pooled_sn + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)  # (BN, STEP)
+    return tl.dot(rows, tl.trans(block), score, input_precision=PRECISION)
 
 
 @triton.jit
@@ -29,13 +37,14 @@ def block_scores(q_sum, pooled, n, seen, stop, pooled_sn, D: tl.constexpr, BD: t
 
     The queries are read again, a few columns at a time: "tf32x3" splits its operands in registers, which cannot hold them all.
     """
-    slot = tl.arange(0, BT)
+    STEP: tl.constexpr = 32 if BD > 32 else BD
     score = tl.zeros((BT, n.shape[0]), tl.float32)
-    for d0 in tl.static_range(0, BD, STEP if BD > STEP else BD):
-        d = d0 + tl.arange(0, STEP if BD > STEP else BD)
-        rows = tl.load(q_sum + slot[:, None] * BD + d[None, :])
-        block = tl.load(pooled + n[:, None] * pooled_sn + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)  # (BN, STEP)
-        score = tl.dot(rows, tl.trans(block), score, input_precision=PRECISION)
+    if BD > 64:
+        for d0 in tl.range(0, BD, STEP):
+            score = add_columns(score, q_sum, pooled, d0, n, seen, pooled_sn, D, BD, BT, STEP, PRECISION)
+    else:
+        for d0 in tl.static_range(0, BD, STEP):
+            score = add_columns(score, q_sum, pooled, d0, n, seen, pooled_sn, D, BD, BT, STEP, PRECISION)
     score = tl.where(score == 0.0, 0.0, score)  # no -0.0
     bits = score.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
