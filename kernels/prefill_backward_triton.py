@@ -262,8 +262,8 @@ def launch_config(head_dim: int, group: int, dtype: torch.dtype) -> dict[str, di
     if dtype == torch.float32:  # no tensor cores: both factors of a product sit in registers
         near = far = {"BN": 16, "num_warps": 8, "num_stages": 2}
     else:
-        far = {"BN": 64 if head_dim <= 64 else 32, "num_warps": 4 if head_dim <= 64 else 8, "num_stages": 2}
-        near = far | {"BN": 64 if head_dim <= 128 else 32}
+        far = {"BN": 32, "num_warps": 8, "num_stages": 2}
+        near = far | ({"num_warps": 4} if head_dim <= 64 else {"BN": 64} if head_dim <= 128 else {})  # 64 keys at head_dim 64 spill on sm_80
     few = {"num_warps": 4, "num_stages": 2}  # 16 keys at a time
     return {"dq": far, "near": near, "sinks": few, "blocks": few}
 
