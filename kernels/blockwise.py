@@ -26,8 +26,10 @@ from kernels.spec import AttentionPlan, SparseSpec
 MASK_ELEMENTS = 1 << 22  # most (T x S) mask entries per row alive at once in a chunk of dense attention
 CACHED_MASK_ELEMENTS = 1 << 26  # masks of a plan are kept for the next layer up to this size
 MASKED_ELEMENTS = 1 << 19  # rows with T * S up to this take the masked way
-TRIMMED_RATIO = 2.5  # in the by-row way, a mask beats turning round until a query sees this many times the keys it reads
-TRIMMED_QUERIES = 128  # queries per mask there: small, so that keys after them are trimmed off
+MASKED_RATIO = 2.5  # in the by-row way, a mask beats turning round until a query sees this many times the keys it reads
+MASKED_QUERIES = 128  # queries per mask there: small, so that keys after them are trimmed off
+SELECT_QUERIES = 128  # queries that choose blocks at once: their scores stay in the cache
+CHUNK_QUERIES = 512
 DENSE_QUERIES = 1024
 FEW_QUERIES = 16  # calls with up to this many queries per row go by index or gather
 SORTED_SCORES = 1 << 12  # so few block scores are sorted whole: one operator instead of the seven of a topk with ties
@@ -424,39 +426,57 @@ class _DenseChunk(NamedTuple):
     doc_start: Tensor
     lo: int  # keys [lo, hi) cover what the chunk sees
     hi: int
+    is_prefix: bool  # query i stands at position i of the row, its document starts there
 
 
 class _SparseChunk(NamedTuple):
-    index: Tensor  # (n,) which queries of the row, in order of position
-    padded_index: Tensor  # (Tc,) the same, the last one repeated up to a multiple of `tile`
+    """Queries of one document that all read sparsely, in order of position."""
+
+    index: Tensor  # (Tc,) which queries of the row
     q_pos: Tensor  # (Tc,)
-    doc_start: Tensor
-    n_blocks: int  # blocks complete at the chunk's last query
-    tile: int  # queries per tile of the window band
-    band_keys: Tensor  # (Tc // tile, L) keys that each tile's windows cover; some lie outside and are masked
-    band_mask: Tensor  # (Tc, L)
+    doc_start: int
+    lowest: int  # q_pos of the first query
+    highest: int  # and of the last
+    band: "_Band | None"
 
 
-def _split_rows(plan: AttentionPlan, spec: SparseSpec, row_elements: int) -> list[tuple[list[_SparseChunk], list[_DenseChunk], list[_DenseChunk]]]:
-    """Chunks of each row's sparse, trimmed and dense queries, each in order of position. row_elements: G * D."""
-    n_read = spec.n_selected_blocks + -(-spec.n_sinks // spec.block_size) + 1
-    size = max(BAND_TILE, CHUNK_ELEMENTS // (n_read * row_elements) // BAND_TILE * BAND_TILE)
+class _Band(NamedTuple):
+    """The sinks and windows of a chunk's queries: each tile of queries against one list of keys."""
+
+    keys: Tensor  # (n_tiles, n_sinks + L): the sinks, then a range that covers the tile's windows; it may end after the last query
+    sink_end: Tensor  # (Tc, 1) sinks from here on are in the window
+    sink_block: int  # the block that holds sinks and other keys, or -1
+    window_start: Tensor  # (Tc, 1)
+    q_pos: Tensor  # (Tc, 1)
+
+
+def _split_rows(plan: AttentionPlan, spec: SparseSpec) -> list[tuple[list[_DenseChunk], list[_SparseChunk], list[_SparseChunk]]]:
+    """Each row's dense, masked and sparse chunks."""
     n_keys_read = spec.n_sinks + spec.window + spec.n_selected_blocks * spec.block_size
     rows = []
     for b in range(plan.q_pos.shape[0]):
         q_pos, doc_start = plan.q_pos[b], plan.doc_start[b]
-        order = torch.sort(q_pos, stable=True).indices
-        n_before = (q_pos - doc_start)[order]
-        valid, is_dense, sees_few = (q_pos >= 0)[order], n_before < spec.dense_len, n_before < TRIMMED_RATIO * n_keys_read
-        sparse = [_make_sparse_chunk(i, q_pos, doc_start, spec) for i in _parts(order[valid & ~is_dense & ~sees_few], size)]
-        trimmed = [_make_dense_chunk(i, q_pos, doc_start) for i in _parts(order[valid & ~is_dense & sees_few], TRIMMED_QUERIES)]
-        dense = [_make_dense_chunk(i, q_pos, doc_start) for i in _parts(order[valid & is_dense], DENSE_QUERIES)]
-        rows.append((sparse, trimmed, dense))
+        order = torch.sort(doc_start * plan.n_keys + q_pos, stable=True).indices
+        order = order[q_pos[order] >= 0]
+        pos, start = q_pos[order], doc_start[order]
+        is_dense = pos - start < spec.dense_len
+        first, stop = _selectable_range(pos, start, spec)
+        masked = (pos - start < MASKED_RATIO * n_keys_read) | (stop - first < spec.n_selected_blocks)
+        dense = [_make_dense_chunk(i, q_pos, doc_start) for i in _parts(order[is_dense], DENSE_QUERIES)]
+        few, many = order[~is_dense & masked], order[~is_dense & ~masked]
+        few = [_make_sparse_chunk(i, q_pos, doc_start, spec, False) for i in _parts_of_documents(few, doc_start, MASKED_QUERIES)]
+        many = [_make_sparse_chunk(i, q_pos, doc_start, spec, True) for i in _parts_of_documents(many, doc_start, CHUNK_QUERIES)]
+        rows.append((dense, few, many))
     return rows
 
 
 def _parts(index: Tensor, size: int) -> list[Tensor]:
     return list(index.split(size)) if index.numel() else []
+
+
+def _parts_of_documents(index: Tensor, doc_start: Tensor, size: int) -> list[Tensor]:
+    counts = doc_start[index].unique_consecutive(return_counts=True)[1].tolist()
+    return [part for document in index.split(counts) for part in _parts(document, size)]
 
 
 def _call(f, *args, use_reentrant: bool) -> Tensor:
@@ -466,162 +486,181 @@ def _call(f, *args, use_reentrant: bool) -> Tensor:
 
 def _make_dense_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor) -> _DenseChunk:
     q_pos, doc_start = q_pos[index], doc_start[index]
-    return _DenseChunk(index, q_pos, doc_start, int(doc_start.min()), int(q_pos[-1]) + 1)
+    lo, hi = int(doc_start.min()), int(q_pos.max()) + 1
+    is_prefix = hi == len(index) and int(doc_start.max()) == 0 and bool((q_pos == torch.arange(hi, device=q_pos.device)).all())
+    return _DenseChunk(index, q_pos, doc_start, lo, hi, is_prefix)
 
 
-def _make_sparse_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor, spec: SparseSpec) -> _SparseChunk:
-    tile = min(BAND_TILE, 1 << (len(index) - 1).bit_length())
+def _make_sparse_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor, spec: SparseSpec, with_band: bool) -> _SparseChunk:
+    pos, start = q_pos[index], int(doc_start[index[0]])
+    return _SparseChunk(index, pos, start, int(pos[0]), int(pos[-1]), _make_band(pos, start, spec) if with_band else None)
+
+
+def _make_band(pos: Tensor, doc_start: int, spec: SparseSpec) -> _Band:
+    n = len(pos)
+    tile = min(BAND_TILE, 1 << (n - 1).bit_length())
+    pos = torch.cat([pos, pos[-1:].expand(-n % tile)])  # whole tiles: the last query is repeated
     while True:  # queries far apart get smaller tiles, or their bands would hold many keys that none of them reads
-        padded = F.pad(index, (0, -len(index) % tile))
-        padded[len(index) :] = index[-1]
-        pos, start = q_pos[padded], doc_start[padded]
-        lowest = torch.maximum(pos - spec.window + 1, start).view(-1, tile).amin(1)
-        L = int((pos.view(-1, tile).amax(1) - lowest).max()) + 1
-        L += -L % spec.block_size
+        ends = pos.view(-1, tile)
+        lowest = (ends[:, 0] - spec.window + 1).clamp(min=doc_start)
+        L = int((ends[:, -1] - lowest).max()) + 1
         if tile == 1 or 2 * (spec.window + BAND_TILE) >= L:
             break
         tile //= 2
-    keys = lowest[:, None] + torch.arange(L, device=pos.device)  # (n_tiles, L)
-    key, query = keys[:, None], pos.view(-1, tile, 1)
-    mask = (key <= query) & (key > query - spec.window) & (key >= start.view(-1, tile, 1))
-    last = int(pos[-1])
-    return _SparseChunk(index, padded, pos, start, (last + 1) // spec.block_size, tile, keys.clamp(max=last), mask.flatten(0, 1))
+    sinks = doc_start + torch.arange(spec.n_sinks, device=pos.device)
+    window = lowest[:, None] + torch.arange(L, device=pos.device)
+    keys = torch.cat([sinks.expand(len(window), -1), window], 1)
+    window_start = (pos - spec.window + 1)[:, None]
+    sink_end = doc_start + spec.n_sinks
+    sink_block = sink_end // spec.block_size if sink_end % spec.block_size else -1
+    return _Band(keys, window_start.clamp(max=sink_end), sink_block, window_start, pos[:, None])
 
 
 def _by_row(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor | None) -> Tensor:
     """Sparse prefill of long rows.
 
-    A row's queries are put in order of position. Those below dense_len are dense. The next ones see few more keys than
-    they read: masked SDPA over those keys (`_read_trimmed`). The rest go in chunks, one KV head at a time (`_read_chunk`):
-    the window is a band (tiles of consecutive queries against one range of keys); the sinks' and chosen blocks are turned
-    round, from "the blocks of a query" to "the queries of a block", so that each block meets its queries in one product
-    and nothing larger than a query is ever gathered. One softmax covers both parts.
+    A row's queries are put in order of document and position. Those below dense_len are dense. The next ones see few more
+    keys than they read: masked SDPA over those keys (`_read_masked`). The rest go in chunks, one KV head at a time
+    (`_read_chunk`): sinks and window are a band (tiles of consecutive queries against one list of keys); the scores of chosen
+    blocks are turned round, from "the blocks of a query" to "the queries of a block", so that each block meets its queries in
+    one product; their values are summed where they lie. One softmax covers both parts.
     """
-    dtype = q.dtype
     B, T, H, D = q.shape
-    Hk = k.shape[2]
+    Hk, bs = k.shape[2], spec.block_size
     G = H // Hk
-    out = []
-    for b, (sparse, trimmed, dense) in enumerate(plan.cached(("rows", spec, G, D), lambda: _split_rows(plan, spec, G * D))):
-        n_keys = plan.row_max[b] + 1
-        if n_keys == 0:
-            out.append(_compute(q[b]).new_zeros(T, H, D))
-            continue
-        pad = -n_keys % spec.block_size
-        kb, vb = (F.pad(_compute(x[b, :n_keys]).transpose(0, 1), (0, 0, 0, pad)) for x in (k, v))  # (Hk, S, D)
-        if pooled is None:
-            pooled_b = pool_keys(k[b : b + 1, :n_keys].detach(), spec.block_size)[0]
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    run = checkpoint if trained else _call
+    dtype, q, k, v = q.dtype, _compute(q), _compute(k), _compute(v)
+    pooled = pool_keys(k[:, : plan.max_pos + 1].detach(), bs) if pooled is None else upcast(pooled.detach())
+    out = torch.zeros_like(q) if plan.has_padding else torch.empty_like(q)
+    parts = []  # what is trained is put together at the end: a write into `out` would copy all of its gradient
+
+    def write(b: int, index: Tensor, heads: slice, x: Tensor) -> None:
+        if trained:
+            parts.append(((b * T + index)[:, None] * H + torch.arange(H, device=q.device)[heads], x))
         else:
-            pooled_b = upcast(pooled[b].detach())
-        qb = _compute(q[b])
-        parts = [_dense_chunk(qb.index_select(0, chunk.index), kb, vb, chunk) for chunk in dense]
-        run = checkpoint if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)) else _call
-        for chunk in trimmed:
+            out[b, :, heads].index_copy_(0, index, x)
+
+    for b, (dense, masked, sparse) in enumerate(plan.cached(("rows", spec), lambda: _split_rows(plan, spec))):
+        qb, kb, vb, pooled_b = q[b], k[b], v[b], pooled[b].transpose(0, 1)
+        for chunk in dense:
+            write(b, chunk.index, slice(None), _dense_chunk(qb.index_select(0, chunk.index), kb, vb, chunk))
+        for chunk in masked:
             qc = qb.index_select(0, chunk.index)
-            q_sum = upcast(qc.detach()).view(-1, Hk, G, D).sum(2).transpose(0, 1)  # (Hk, Tc, D)
-            n_blocks = chunk.hi // spec.block_size
-            scores = torch.bmm(q_sum, pooled_b[:n_blocks].permute(1, 2, 0)).transpose(0, 1)
-            ids = _best_blocks(scores[None], chunk.q_pos[None, :, None], chunk.doc_start[None, :, None], spec)[0]
-            parts.append(run(_read_trimmed, qc, kb, vb, ids, chunk, spec, use_reentrant=False))
-        if sparse:
-            heads = []
-            for h in range(Hk):
-                pooled_h = pooled_b[:, h].contiguous()
-                done = []
-                for chunk in sparse:
-                    qc = qb[:, h * G : (h + 1) * G].index_select(0, chunk.padded_index)  # (Tc, G, D)
-                    scores = upcast(qc.detach()).sum(1) @ pooled_h[: chunk.n_blocks].T
-                    ids = _best_blocks(scores[None, :, None], chunk.q_pos[None, :, None], chunk.doc_start[None, :, None], spec)[0, :, 0]
-                    done.append(run(_read_chunk, qc, kb[h], vb[h], ids, chunk, spec, use_reentrant=False))
-                heads.append(torch.cat(done) if len(done) > 1 else done[0])
-            parts.append(torch.cat(heads, 1))
-        index = torch.cat([chunk.index for chunk in (*dense, *trimmed, *sparse)])
-        row = torch.cat(parts) if len(parts) > 1 else parts[0]
-        out.append(row.new_zeros(T, H, D).index_copy(0, index, row))
-    return torch.stack(out).to(dtype)
+            q_sum = qc.detach().view(-1, Hk, G, D).sum(2).transpose(0, 1)
+            write(b, chunk.index, slice(None), run(_read_masked, qc, kb, vb, _choose(q_sum, pooled_b, chunk, spec), chunk, spec, use_reentrant=False))
+        for h in range(Hk) if sparse else ():
+            n = max((chunk.highest + 1) // bs for chunk in sparse)
+            k_blocks = kb[: n * bs, h].reshape(n, bs, D).transpose(1, 2).contiguous()  # (n, D, bs)
+            for chunk in sparse:
+                qc = qb[:, h * G : (h + 1) * G].index_select(0, chunk.index)  # (Tc, G, D)
+                q_sum = qc.detach().sum(1)
+                ids = _choose(q_sum, pooled_b[h], chunk, spec)
+                write(b, chunk.index, slice(h * G, (h + 1) * G), run(_read_chunk, qc, k_blocks, kb, vb, ids, h, chunk, spec, use_reentrant=False))
+    if trained:
+        rows, values = torch.cat([i.flatten() for i, _ in parts]), torch.cat([x.reshape(-1, D) for _, x in parts])
+        out = q.new_zeros(B * T * H, D).index_copy(0, rows, values).view(q.shape)
+    return out.to(dtype)
+
+
+def _choose(q_sum: Tensor, pooled: Tensor, chunk: _SparseChunk, spec: SparseSpec) -> Tensor:
+    """block_ids (..., Tc, M) of one document's queries q_sum (..., Tc, D) from pooled (..., N, D); in no particular order, -1 = unused."""
+    M = spec.n_selected_blocks
+    first, low_stop = (int(x) for x in _selectable_range(torch.tensor(chunk.lowest), torch.tensor(chunk.doc_start), spec))
+    high_stop = int(_selectable_range(torch.tensor(chunk.highest), torch.tensor(chunk.doc_start), spec)[1])
+    if M == 0 or high_stop <= first:
+        return torch.full((*q_sum.shape[:-1], M), -1, dtype=torch.int64, device=q_sum.device)
+    scores = q_sum @ pooled[..., first:high_stop, :].transpose(-1, -2)
+    low_stop = max(low_stop, first)
+    if low_stop < high_stop:
+        _, stop = _selectable_range(chunk.q_pos, torch.full_like(chunk.q_pos, chunk.doc_start), spec)
+        n = torch.arange(low_stop, high_stop, device=q_sum.device)
+        scores[..., low_stop - first :].masked_fill_(n >= stop[:, None], float("-inf"))
+    values, ids = _best(scores, M)
+    ids = (ids + first).masked_fill_(values == float("-inf"), -1)
+    return F.pad(ids, (0, M - ids.shape[-1]), value=-1)
 
 
 def _dense_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: _DenseChunk) -> Tensor:
-    """q (Tc, H, D) over k, v (Hk, S, D) -> (Tc, H, D)."""
-    s = torch.arange(chunk.lo, chunk.hi, device=q.device)
-    mask = (s <= chunk.q_pos[:, None]) & (s >= chunk.doc_start[:, None])
-    k, v = (x[:, chunk.lo : chunk.hi].transpose(0, 1).unsqueeze(0) for x in (k, v))
-    return _sdpa(q.unsqueeze(0), k, v, mask[None, None])[0]
+    """q (Tc, H, D) over k, v (S, Hk, D) -> (Tc, H, D)."""
+    mask = None
+    if not chunk.is_prefix:
+        s = torch.arange(chunk.lo, chunk.hi, device=q.device)
+        mask = ((s <= chunk.q_pos[:, None]) & (s >= chunk.doc_start[:, None]))[None, None]
+    k, v = (x[None, chunk.lo : chunk.hi] for x in (k, v))
+    return _sdpa(q.unsqueeze(0), k, v, mask, chunk.is_prefix)[0]
 
 
-def _read_trimmed(q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor, chunk: _DenseChunk, spec: SparseSpec) -> Tensor:
-    """Sparse queries q (Tc, H, D) over k, v (Hk, S, D), with a mask over keys [lo, hi) from block_ids (Tc, Hk, M) -> (Tc, H, D)."""
+def _read_masked(q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec) -> Tensor:
+    """q (Tc, H, D) over all that k, v (S, Hk, D) hold of the document, with a mask from block_ids (Hk, Tc, M) -> (Tc, H, D)."""
     Tc, H, D = q.shape
-    Hk, G = k.shape[0], H // k.shape[0]
-    lo, hi, bs = chunk.lo, chunk.hi, spec.block_size
-    s = torch.arange(lo, hi, device=q.device)
-    pos, start = chunk.q_pos[:, None], chunk.doc_start[:, None]
-    visible = (s <= pos) & (s >= start)
-    always = ((s < start + spec.n_sinks) | (s > pos - spec.window)) & visible
-    n_blocks = -(-hi // bs)
-    chosen = torch.zeros(Tc, Hk, n_blocks + 1, dtype=torch.bool, device=q.device)  # the last column takes the -1s
-    chosen.scatter_(-1, torch.where(block_ids < 0, n_blocks, block_ids), True)
-    chosen = chosen[..., :n_blocks].transpose(0, 1).repeat_interleave(bs, -1)[..., lo:hi]
-    mask = ((chosen & visible) | always).unsqueeze(1)
-    # SDPA would turn a bool mask into numbers once per query head; this does it once per KV head
-    mask = q.new_zeros(mask.shape).masked_fill_(~mask, float("-inf")).expand(-1, G, -1, -1)  # (Hk, G, Tc, hi - lo)
+    Hk, bs = k.shape[1], spec.block_size
+    G, lo, hi = H // Hk, chunk.doc_start, chunk.highest + 1
+    first, n_blocks = lo // bs, -(-(hi - lo) // bs)
+    ids = torch.where(block_ids < 0, n_blocks, block_ids - first)  # the last column takes the -1s
+    blocks = q.new_full((Hk, Tc, n_blocks + 1), float("-inf")).scatter_(-1, ids, 0.0)[..., :n_blocks]
+    bias = blocks.unsqueeze(-1).expand(-1, -1, -1, bs).contiguous().flatten(2)[..., : hi - lo]  # chosen blocks are complete: no key of the future
+    s, pos = torch.arange(lo, hi, device=q.device), chunk.q_pos[:, None]
+    window = max(0, chunk.lowest - spec.window + 1 - lo)
+    bias[..., window:].masked_fill_((s[window:] > pos - spec.window) & (s[window:] <= pos), 0.0)
+    bias[..., : spec.n_sinks].masked_fill_(s[: spec.n_sinks] <= pos, 0.0)
+    bias = bias.unsqueeze(1).expand(-1, G, -1, -1)  # (Hk, G, Tc, hi - lo)
     qg = q.view(Tc, Hk, G, D).permute(1, 2, 0, 3)
-    kg, vg = (x[:, None, lo:hi].expand(-1, G, -1, -1) for x in (k, v))
-    return F.scaled_dot_product_attention(qg, kg, vg, attn_mask=mask).permute(2, 0, 1, 3).reshape(Tc, H, D)
+    kg, vg = (x[lo:hi].transpose(0, 1).unsqueeze(1).expand(-1, G, -1, -1) for x in (k, v))
+    return F.scaled_dot_product_attention(qg, kg, vg, attn_mask=bias).permute(2, 0, 1, 3).reshape(Tc, H, D)
 
 
-def _read_chunk(q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec) -> Tensor:
-    """One KV head's sparse queries q (Tc, G, D) over k, v (S, D), reading block_ids (Tc, M) -> (n, G, D), n <= Tc."""
+def _read_chunk(q: Tensor, k_blocks: Tensor, k: Tensor, v: Tensor, block_ids: Tensor, h: int, chunk: _SparseChunk, spec: SparseSpec) -> Tensor:
+    """KV head h's queries q (Tc, G, D) over k, v (S, Hk, D) and k_blocks (n, D, bs), reading block_ids (Tc, M) -> (Tc, G, D)."""
     Tc, G, D = q.shape
-    bs, tile = spec.block_size, chunk.tile
-    block_ids, limit = _with_sink_blocks(block_ids, chunk, spec)  # (Tc, R): keys of block r count below limit[r]
-    R = block_ids.shape[1]
+    M, Hk, bs, band = block_ids.shape[1], k.shape[1], spec.block_size, chunk.band
+    k_table, v_table = k.reshape(-1, D), v.reshape(-1, D)  # row s * Hk + h
     q = q * D**-0.5
-
-    # scores of the window: tiles of queries against one range of keys
-    k_band, v_band = k[chunk.band_keys], v[chunk.band_keys]  # (n_tiles, L, D)
-    logits = torch.bmm(q.view(-1, tile * G, D), k_band.transpose(1, 2)).view(Tc, G, -1)
-    mask = chunk.band_mask
-    if R:
-        # scores of the blocks: pair (query, block) sits in a slot; a tile is `width` slots of one block
-        slot_of_pair, pair_of_slot, block_of_tile, width = _turn_round(block_ids, k.shape[0] // bs)
-        k_tile = k.view(-1, bs, D).index_select(0, block_of_tile)
-        q_tile = q.view(Tc, G * D).index_select(0, pair_of_slot // R).view(-1, width * G, D)
-        scores = torch.bmm(q_tile, k_tile.transpose(1, 2)).view(-1, bs)  # a row per slot and head of the group
-        heads = torch.arange(G, device=q.device)
-        scores = scores.index_select(0, (slot_of_pair.view(Tc, 1, R) * G + heads[:, None]).flatten())
-        logits = torch.cat([scores.view(Tc, G, R * bs), logits], -1)
-        keys = (block_ids * bs)[:, :, None] + torch.arange(bs, device=q.device)
-        mask = torch.cat([(keys < limit[:, :, None]).flatten(1), mask], 1)
-    p = logits.masked_fill_(~mask.unsqueeze(1), float("-inf")).softmax(-1)
-    W = p.shape[-1]  # R * bs + L, a multiple of bs
-    out = torch.bmm(p[..., R * bs :].view(-1, tile * G, W - R * bs), v_band).view(Tc, G, D)
-    if R:
-        row = (pair_of_slot // R * G)[:, None] + heads  # p row of (slot, head)
-        p_tile = p.view(-1, bs).index_select(0, (row * (W // bs) + (pair_of_slot % R)[:, None]).flatten())
-        v_tile = v.view(-1, bs, D).index_select(0, block_of_tile)
-        read = torch.bmm(p_tile.view(-1, width * G, bs), v_tile).view(-1, G * D)  # a row per slot
-        out = out + F.embedding_bag(slot_of_pair.view(Tc, R), read, mode="sum").view(Tc, G, D)  # sum over a query's pairs
-    return out[: len(chunk.index)]
+    # sinks and window; a key that is also in a chosen block counts there
+    n_tiles, L = band.keys.shape
+    tile = len(band.sink_end) // n_tiles
+    ids, padded = block_ids, q
+    if n_tiles * tile > Tc:
+        ids, padded = (torch.cat([x, x[-1:].expand(n_tiles * tile - Tc, *x.shape[1:])]) for x in (ids, q))
+    bias = _band_bias(ids, chunk, band, spec, q.dtype)
+    band_rows = (band.keys.clamp(max=chunk.highest) * Hk + h).flatten()
+    k_band, v_band = (x.index_select(0, band_rows).view(n_tiles, L, D) for x in (k_table, v_table))
+    logits = torch.bmm(padded.view(-1, tile * G, D), k_band.transpose(1, 2)).view(-1, G, L).add_(bias.unsqueeze(1))
+    if M:
+        logits = torch.cat([_block_scores(q, k_blocks, block_ids), logits[:Tc]], -1)
+    p = logits.softmax(-1)
+    p_band = F.pad(p[..., M * bs :], (0, 0, 0, 0, 0, n_tiles * tile - Tc)) if M else p
+    out = torch.bmm(p_band.reshape(-1, tile * G, L), v_band).view(-1, G, D)[:Tc]
+    if M:
+        rows = (block_ids.int() * (bs * Hk) + h).unsqueeze(-1) + torch.arange(0, bs * Hk, Hk, dtype=torch.int32, device=q.device)
+        rows = rows.view(Tc, 1, M * bs).expand(-1, G, -1).reshape(Tc * G, -1)
+        weights = p[..., : M * bs].reshape(Tc * G, -1)
+        out = out + F.embedding_bag(rows, v_table, mode="sum", per_sample_weights=weights).view(Tc, G, D)
+    return out
 
 
-def _with_sink_blocks(block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec) -> tuple[Tensor, Tensor]:
-    """All blocks read outside the window: (block_ids (Tc, R), limit (Tc, R)); a key counts if it is < limit.
+def _band_bias(block_ids: Tensor, chunk: _SparseChunk, band: _Band, spec: SparseSpec, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of the band: 0 or -inf, (n_tiles * tile, n_sinks + L)."""
+    bs, n_tiles = spec.block_size, len(band.keys)
+    block = band.window_start.div(bs, rounding_mode="floor")
+    window_start = torch.where((block_ids == block).any(1, keepdim=True), (block + 1) * bs, band.window_start)
+    sink_end = torch.where((block_ids == band.sink_block).any(1, keepdim=True), band.sink_end.clamp(max=band.sink_block * bs), band.sink_end)
+    keys = band.keys.unsqueeze(1)  # (n_tiles, 1, n_sinks + L)
+    sinks, window = keys[..., : spec.n_sinks], keys[..., spec.n_sinks :]
+    sink_end, window_start, pos = (x.view(n_tiles, -1, 1) for x in (sink_end, window_start, band.q_pos))
+    keep = torch.cat([sinks < sink_end, (window >= window_start) & (window <= pos)], -1).flatten(0, 1)
+    return torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(~keep, float("-inf"))
 
-    A chosen block counts up to the window, a sinks' block up to the sinks' end too. A sinks' block that is also chosen,
-    and an unused id, become block 0 with limit 0: nothing counts twice.
-    """
-    before_window = (chunk.q_pos - spec.window + 1)[:, None]
-    used = block_ids >= 0
-    ids, limit = block_ids.clamp(min=0), torch.where(used, before_window, 0)
-    n_sink_blocks = -(-spec.n_sinks // spec.block_size)
-    if n_sink_blocks:
-        sink_ids = chunk.doc_start[:, None] // spec.block_size + torch.arange(n_sink_blocks, device=ids.device)
-        sink_limit = torch.minimum(before_window, (chunk.doc_start + spec.n_sinks)[:, None]).expand_as(sink_ids)
-        taken = (block_ids[:, :, None] == sink_ids[:, None]).any(1) | (sink_ids * spec.block_size >= sink_limit)
-        ids = torch.cat([sink_ids.masked_fill(taken, 0), ids], 1)
-        limit = torch.cat([sink_limit.masked_fill(taken, 0), limit], 1)
-    return ids, limit
+
+def _block_scores(q: Tensor, k_blocks: Tensor, block_ids: Tensor) -> Tensor:
+    """(Tc, G, M * bs): q (Tc, G, D) times each chosen block of k_blocks (n, D, bs)."""
+    Tc, G, D = q.shape
+    M, bs = block_ids.shape[1], k_blocks.shape[2]
+    slot_of_pair, pair_of_slot, block_of_tile, width = _turn_round(block_ids, len(k_blocks))
+    q_tile = q.view(Tc, G * D).index_select(0, pair_of_slot // M).view(-1, width * G, D)
+    scores = torch.bmm(q_tile, k_blocks.index_select(0, block_of_tile)).view(-1, bs)  # a row per slot and head of the group
+    rows = slot_of_pair.view(Tc, 1, M) * G + torch.arange(G, device=q.device)[:, None]
+    return scores.index_select(0, rows.flatten()).view(Tc, G, M * bs)
 
 
 def _turn_round(block_ids: Tensor, n_blocks: int) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -632,7 +671,7 @@ def _turn_round(block_ids: Tensor, n_blocks: int) -> tuple[Tensor, Tensor, Tenso
     """
     block = block_ids.flatten()
     P = block.numel()
-    width = 1 << max(3, min(6, (P // max(1, n_blocks)).bit_length() - 1))  # about half a block's share
+    width = 1 << max(3, min(5, (P // max(1, n_blocks)).bit_length() - 2))  # at most half a block's share: little is left over
     sorted_block, pair = torch.sort(block)
     count = torch.bincount(block, minlength=n_blocks)
     n_tiles = (count + width - 1) // width

@@ -17,21 +17,21 @@ def whole(S, B=1):
     return AttentionPlan(torch.arange(S).expand(B, -1), S)
 
 
-WAYS = {"masked": (1 << 40, 0), "trimmed": (0, 1 << 40), "turned round": (0, 0), "both": (0, 1)}  # MASKED_ELEMENTS, TRIMMED_RATIO
+WAYS = {"masked": (1 << 40, 0), "trimmed": (0, 1 << 40), "turned round": (0, 0), "both": (0, 1)}  # MASKED_ELEMENTS, MASKED_RATIO
 
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """Every way of more than a few queries, whatever the size of the test."""
     set_way(monkeypatch, request.param)
-    monkeypatch.setattr("kernels.blockwise.CHUNK_ELEMENTS", 4096)  # several chunks
+    monkeypatch.setattr("kernels.blockwise.CHUNK_QUERIES", 32)  # several chunks
     return request.param
 
 
 def set_way(monkeypatch, name):
     monkeypatch.setattr("kernels.blockwise.MASKED_ELEMENTS", WAYS[name][0])
-    monkeypatch.setattr("kernels.blockwise.TRIMMED_RATIO", WAYS[name][1])
-    monkeypatch.setattr("kernels.blockwise.TRIMMED_QUERIES", 32)
+    monkeypatch.setattr("kernels.blockwise.MASKED_RATIO", WAYS[name][1])
+    monkeypatch.setattr("kernels.blockwise.MASKED_QUERIES", 32)
 
 
 def keys_by_loops(q, k, plan, spec):
