@@ -260,7 +260,7 @@ def blocks_kernel(
 def launch_config(head_dim: int, group: int, dtype: torch.dtype) -> dict[str, dict]:
     """Options per kernel; BT is the forward's, for the unions are built for it. BN: keys per step or program."""
     if dtype == torch.float32:  # no tensor cores: both factors of a product sit in registers
-        near = far = {"BN": 16, "num_warps": 8, "num_stages": 2}
+        near = far = {"BN": 16, "num_warps": 4 if head_dim <= 64 else 8, "num_stages": 2}
     else:
         far = {"BN": 32, "num_warps": 8, "num_stages": 2}
         near = far | ({"num_warps": 4} if head_dim <= 64 else {"BN": 64} if head_dim <= 128 else {})  # 64 keys at head_dim 64 spill on sm_80
