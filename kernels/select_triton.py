@@ -176,7 +176,8 @@ def aot_cases():
     """(kernel, signature, constexprs, options, label) of what `kernels.aot` compiles ahead of time."""
     pointers = {"pooled": "*fp32", "q_sums": "*fp32", "buffers": "*i64"} | dict.fromkeys(("block_ids", "order", "tile_pos", "tile_start"), "*i32")
     numbers = ("q_sb", "q_st", "q_sh", "pooled_sb", "pooled_sn", "pooled_sh", "T", "HK", "n_tiles", "tile0", "window", "n_sinks", "dense_len")
-    for head_dim, group, dtype in aot_shapes():
+    shapes = {(head_dim, dtype): group for head_dim, group, dtype in aot_shapes()}  # a group's size only changes the length of a loop
+    for (head_dim, dtype), group in shapes.items():
         for m in (16, 32) if head_dim <= 128 and dtype == torch.bfloat16 else (16,):
             constexprs = launch_config(head_dim, m)
             options = {x: constexprs.pop(x) for x in ("num_warps", "num_stages")}
