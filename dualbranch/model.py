@@ -89,13 +89,16 @@ class DualBranchModel(nn.Module):
         budget: float | None = None,
         threshold: float | None = None,
         last_only: bool = False,
+        logits_at: Tensor | None = None,
     ) -> ModelOutput:
         """Logits of `tokens (B, T)` int64, right-padded.
 
         `lengths (B,)` valid tokens per row (None = T). `doc_start (B, T)` start of each token's document in a packed row.
         `route`: "slow" | "fast" | "auto" | "soft", or hard decisions `(B, T)` bool (True = slow). For "auto", `threshold` on g, or
         `budget` looked up in the calibration (its default if neither is given). With `cache`, tokens follow what is cached; the cache
-        is written and advanced. Raises ValueError for an unknown route, a budget outside [0, 1], a missing calibration, and CacheFull.
+        is written and advanced. `last_only`: logits of each row's last valid token alone. `logits_at (B, T)` bool: of those tokens alone,
+        in row-major order, `(n, V)` (training does not pay for tokens that no loss looks at).
+        Raises ValueError for an unknown route, a budget outside [0, 1], a missing calibration, and CacheFull.
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be (B, T) with T >= 1, got {tuple(tokens.shape)}; an empty prompt needs at least <bos>")
@@ -128,7 +131,7 @@ class DualBranchModel(nn.Module):
         if last_only:
             last = (n_new - 1).clamp(min=0).to(x.device)
             x = x[torch.arange(B, device=x.device), last][:, None]
-        return ModelOutput(self.logits(x), x, g, use_slow)
+        return ModelOutput(self.logits(x if logits_at is None else x[logits_at]), x, g, use_slow)
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: residual stream `(..., E)` to fp32 `(..., V)`."""

@@ -5,6 +5,7 @@ Arithmetic is fp32 (fp64 stays fp64, for gradient checks); results come back in 
 """
 
 import torch
+from einops import einsum, rearrange, reduce
 from torch import Tensor
 
 from kernels.spec import AttentionPlan, SparseSpec
@@ -16,22 +17,19 @@ def upcast(x: Tensor) -> Tensor:
 
 def pool_keys(k: Tensor, block_size: int) -> Tensor:
     """Mean of each complete block: k (B, S, Hk, D) -> (B, S // block_size, Hk, D), in fp32."""
-    B, S, Hk, D = k.shape
-    N = S // block_size
-    return upcast(k[:, : N * block_size]).reshape(B, N, block_size, Hk, D).mean(2)
+    whole = k.shape[1] // block_size * block_size
+    return reduce(upcast(k[:, :whole]), "b (n s) hk d -> b n hk d", "mean", s=block_size)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Softmax attention of q (B, T, H, D) over the keys that mask (B, T, Hk, S) allows; zero where it allows none."""
-    B, T, H, D = q.shape
-    S, Hk = k.shape[1:3]
-    unseen = ~mask.any(1).transpose(1, 2).unsqueeze(-1)  # (B, S, Hk, 1): 0 * NaN is NaN, so what nobody reads is zeroed
+    unseen = rearrange(~mask.any(1), "b hk s -> b s hk 1")  # 0 * NaN is NaN, so what nobody reads is zeroed
     k, v = upcast(k).masked_fill(unseen, 0), upcast(v).masked_fill(unseen, 0)
-    qg = upcast(q).reshape(B, T, Hk, H // Hk, D)  # query head h reads KV head h // (H // Hk)
-    scores = torch.einsum("btkgd,bskd->btkgs", qg, k) * D**-0.5
+    qg = rearrange(upcast(q), "b t (hk g) d -> b t hk g d", hk=k.shape[2])  # query head h reads KV head h // g
+    scores = einsum(qg, k, "b t hk g d, b s hk d -> b t hk g s") * q.shape[-1] ** -0.5
     mask = mask.unsqueeze(3)
     p = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) * mask  # finite fill: no NaN in empty rows
-    return torch.einsum("btkgs,bskd->btkgd", p, v).reshape(B, T, H, D).to(q.dtype)
+    return rearrange(einsum(p, v, "b t hk g s, b s hk d -> b t hk g d"), "b t hk g d -> b t (hk g) d").to(q.dtype)
 
 
 def visible_keys(plan: AttentionPlan) -> Tensor:
@@ -62,10 +60,8 @@ def selectable_blocks(plan: AttentionPlan, spec: SparseSpec, n_blocks: int) -> T
 
 def block_scores(q: Tensor, pooled: Tensor) -> Tensor:
     """scores[b, t, hk, n] = (sum of the group's queries) . pooled[b, n, hk].  The sum comes first: one product per group."""
-    B, T, H, D = q.shape
-    Hk = pooled.shape[2]
-    q_sum = upcast(q).reshape(B, T, Hk, H // Hk, D).sum(3)
-    return torch.einsum("btkd,bnkd->btkn", q_sum, upcast(pooled))
+    q_sum = reduce(upcast(q), "b t (hk g) d -> b t hk d", "sum", hk=pooled.shape[2])
+    return einsum(q_sum, upcast(pooled), "b t hk d, b n hk d -> b t hk n")
 
 
 def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSpec) -> Tensor:

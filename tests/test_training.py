@@ -175,8 +175,7 @@ def test_gradient_does_not_depend_on_the_micro_batch_split(parts, finished):
         data = BatchSource(c.data, tok, 0, c.model.sparse.block_size)
 
         def loss(rows, step, model=model):
-            logits = model(rows.tokens, doc_start=rows.doc_start).logits
-            return {"hard": stages.hard_loss(logits.flatten(0, 1), rows.targets.flatten(), rows.loss_weights.flatten())}
+            return {"hard": stages.text_loss(model, rows)}
 
         loop = trainer.Loop("x", finished, 1, OptimConfig(micro_batches=n), 1, data.batch, loss, print)
         trainer.gradient_step(model, loop, data.batch(0), 0)
@@ -225,12 +224,12 @@ def test_teacher_cache_runs_the_teacher_once_per_batch_and_forgets_another_teach
     data = BatchSource(c.data, tok, 0, c.model.sparse.block_size)
     cache = TeacherCache(tmp_path, 16, model)
     rows = [data.batch(i) for i in (0, 1)]
-    logits = model(rows[0].tokens, doc_start=rows[0].doc_start).logits.flatten(0, 1).detach()
-    weights = [r.loss_weights.flatten() for r in rows]
-    first = float(cache.loss(0, rows[0], logits, weights[0]))
-    cache.loss(1, rows[1], logits, weights[1])
+    weights = [r.loss_weights for r in rows]
+    logits = [model(r.tokens, doc_start=r.doc_start, logits_at=w > 0).logits.detach() for r, w in zip(rows, weights, strict=True)]
+    first = float(cache.loss(0, rows[0], logits[0], weights[0]))
+    cache.loss(1, rows[1], logits[1], weights[1])
     again = TeacherCache(tmp_path, 16, model)
-    assert float(again.loss(0, rows[0], logits, weights[0])) == first
+    assert float(again.loss(0, rows[0], logits[0], weights[0])) == first
     assert (cache.n_computed, again.n_computed) == (2, 0)
     assert abs(first) / float(rows[0].loss_weights.sum()) < 1e-3  # student equals teacher, targets are stored in half precision
     with torch.no_grad():
@@ -238,7 +237,7 @@ def test_teacher_cache_runs_the_teacher_once_per_batch_and_forgets_another_teach
     assert TeacherCache(tmp_path, 16, model).folder != cache.folder
     next(cache.folder.iterdir()).write_bytes(b"damaged")
     for i in (0, 1):
-        cache.loss(i, rows[i], logits, weights[i])
+        cache.loss(i, rows[i], logits[i], weights[i])
     assert cache.n_computed == 3
 
 

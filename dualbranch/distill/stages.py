@@ -34,7 +34,7 @@ from dualbranch.distill.teacher_cache import TeacherCache
 from dualbranch.distill.trainer import Loop, train
 from dualbranch.gate import Calibration
 from dualbranch.generate import generate_batch, prefill
-from dualbranch.model import DualBranchModel
+from dualbranch.model import DualBranchModel, ModelOutput
 from dualbranch.modes import resolve
 from dualbranch.sampling import SamplingParams
 from dualbranch.tokenizer import Tokenizer
@@ -93,8 +93,7 @@ def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log, dev
     ahead = Prefetcher(lambda step: data.batch(step, progress=step / t.steps), t.steps, config.data.workers)
 
     def loss(rows: Rows, step: int) -> dict[str, Tensor]:
-        logits = model(rows.tokens, doc_start=rows.doc_start).logits
-        return {"hard": hard_loss(logits.flatten(0, 1), rows.targets.flatten(), rows.loss_weights.flatten())}
+        return {"hard": text_loss(model, rows)}
 
     def batch(step: int) -> Rows:
         if step >= first_decision and t.decide > 0 and not data.needs_thinking:
@@ -107,6 +106,13 @@ def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log, dev
 
     train(model, Loop("teacher", folder, t.steps, t.optim, config.save_every, batch, loss, log))
     return snapshot(model)
+
+
+def text_loss(model: DualBranchModel, rows: Rows) -> Tensor:
+    """Summed, weighted cross-entropy of `rows` by the slow route."""
+    scored = rows.loss_weights > 0
+    logits = model(rows.tokens, doc_start=rows.doc_start, logits_at=scored).logits
+    return hard_loss(logits, rows.targets[scored], rows.loss_weights[scored])
 
 
 def assess(model: DualBranchModel, tok: Tokenizer, data: BatchSource, n: int, path: Path, log: Log) -> None:
@@ -151,18 +157,21 @@ def train_student(
     batch = Prefetcher(lambda step: data.batch(step % s.distinct_batches if s.distinct_batches else step), s.steps, config.data.workers)
 
     def loss(rows: Rows, step: int) -> dict[str, Tensor]:
-        w, valid = rows.loss_weights.flatten(), (rows.tokens != tok.pad_id).flatten().float()
-        soft_w = w.masked_fill(decides(tok, rows).flatten(), 1.0)  # the teacher's decision counts even where no label does
-        out = student(rows.tokens, choose_route(config, step, rows, student.config.is_dense), doc_start=rows.doc_start)
-        logits = out.logits.flatten(0, 1)
-        losses = {"hard": s.hard * hard_loss(logits, rows.targets.flatten(), w)}
-        if cache is not None:
-            losses["soft"] = s.soft * cache.loss(step % s.distinct_batches, rows, logits, soft_w)
+        soft_w = rows.loss_weights.masked_fill(decides(tok, rows), 1.0)  # the teacher's decision counts even where no label does
+        scored = soft_w > 0
+        target = None
+        if cache is None:
+            with torch.no_grad():
+                target = teacher(rows.tokens, doc_start=rows.doc_start, logits_at=scored)
+        route = choose_route(config, step, rows, student, scored, target)
+        out = student(rows.tokens, route, doc_start=rows.doc_start, logits_at=scored)
+        losses = {"hard": s.hard * hard_loss(out.logits, rows.targets[scored], rows.loss_weights[scored])}
+        if target is None:
+            losses["soft"] = s.soft * cache.loss(step % s.distinct_batches, rows, out.logits, soft_w)
             return losses
-        with torch.no_grad():
-            target = teacher(rows.tokens, doc_start=rows.doc_start)
-        losses["soft"] = s.soft * distill_loss(target.logits.flatten(0, 1), logits, soft_w, s.temperature)
+        losses["soft"] = s.soft * distill_loss(target.logits, out.logits, soft_w[scored], s.temperature)
         if aligned:
+            valid = (rows.tokens != tok.pad_id).flatten().float()
             losses["align"] = s.align * align_loss(out.hidden.flatten(0, 1), target.hidden.flatten(0, 1), valid)
         return losses
 
@@ -170,9 +179,13 @@ def train_student(
     return snapshot(student)
 
 
-def choose_route(config: RunConfig, step: int, rows: Rows, dense: bool) -> str | Tensor:
-    """The route of a batch: all-fast, all-slow, or a random mix whose share of slow tokens is drawn per row. A function of the step."""
-    if dense:
+def choose_route(config: RunConfig, step: int, rows: Rows, student: DualBranchModel, scored: Tensor, target: ModelOutput | None) -> str | Tensor:
+    """The route of a batch: all-fast, all-slow, or a mix whose share of slow tokens is drawn per row. A function of step and student.
+
+    In every other row of a mix slow tokens are drawn at random. In the others they are those where the all-fast student is furthest from the
+    teacher's `target`, among the `scored (R, T)`: about what the gate will do, so that the fast branch trains on what it will get.
+    """
+    if student.config.is_dense:
         return "slow"
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     fast, mixed, _ = config.student.routes
@@ -181,8 +194,15 @@ def choose_route(config: RunConfig, step: int, rows: Rows, dense: bool) -> str |
         return "fast"
     if u >= fast + mixed:
         return "slow"
-    share = torch.rand(len(rows), 1, generator=generator)
-    return (torch.rand(rows.tokens.shape, generator=generator) < share).to(rows.tokens.device)
+    share = torch.rand(len(rows), 1, generator=generator) ** 2  # mostly small: fast tokens are what trains the fast branch
+    order = torch.rand(rows.tokens.shape, generator=generator)
+    if target is not None:
+        with torch.no_grad():
+            fast = student(rows.tokens, "fast", doc_start=rows.doc_start, logits_at=scored)
+            need = torch.zeros(rows.tokens.shape, device=scored.device).masked_scatter(scored, token_kl(target.logits, fast.logits))
+        n = rows.tokens.shape[1]
+        order[1::2] = need.cpu()[1::2].argsort(dim=1, descending=True, stable=True).argsort(dim=1) / n
+    return (order < share).to(rows.tokens.device)
 
 
 @torch.no_grad()

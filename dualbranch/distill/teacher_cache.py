@@ -38,7 +38,7 @@ class TeacherCache:
         self.n_computed = 0  # batches the teacher had to run
 
     def targets(self, batch: int, rows: Rows, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """`ids (n, k)`, `log_p (n, k + 1)` of the tokens of `rows` where `keep (R * T,)`, in order."""
+        """`ids (n, k)`, `log_p (n, k + 1)` of the tokens of `rows` where `keep (R, T)`, in order."""
         key = hashlib.sha256(rows.tokens.cpu().numpy().tobytes() + keep.cpu().numpy().tobytes()).hexdigest()[:12]  # of this part of the batch
         path = self.folder / f"{batch:06d}-{key}.safetensors"
         if path.exists():
@@ -49,13 +49,13 @@ class TeacherCache:
                 path.unlink()  # damaged: compute it again
         self.n_computed += 1
         with torch.no_grad():
-            logits = self.teacher(rows.tokens, doc_start=rows.doc_start).logits.flatten(0, 1)
-        ids, log_p = truncated_targets(logits[keep], self.k)
+            logits = self.teacher(rows.tokens, doc_start=rows.doc_start, logits_at=keep).logits
+        ids, log_p = truncated_targets(logits, self.k)
         save_tensors(path, {"ids": ids.int(), "log_p": log_p.half()}, {})
         return ids, log_p.half().float()
 
     def loss(self, batch: int, rows: Rows, student_logits: Tensor, weights: Tensor) -> Tensor:
-        """Sum of the top-k KL over `rows` by `weights (R * T,)`; `student_logits (R * T, V)`."""
+        """Sum of the top-k KL over `rows` by `weights (R, T)`; `student_logits (n, V)` of the tokens with a weight, in order."""
         keep = weights > 0
         ids, log_p = self.targets(batch, rows, keep)
-        return truncated_distill_loss(ids, log_p, student_logits[keep], weights[keep])
+        return truncated_distill_loss(ids, log_p, student_logits, weights[keep])
