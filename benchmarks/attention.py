@@ -3,11 +3,19 @@
     python benchmarks/attention.py [--lengths 1024 2048] [--quick] [--device cuda]
 
 Prefill: one row, all queries. Decode: one query over a cache of that many keys. Baseline and ours run strictly in turn, in one process, the median
-of `--repeats` after one warm-up call. Extra memory: the sum of live tensors allocated during the call, at its highest.
+of `--repeats` after one warm-up call. Extra memory: the sum of live tensors allocated during the call, at its highest, the output included.
+
+Two kinds of data, for how much neighbouring queries' choices overlap decides how fast blocks are read:
+- random: independent normal queries and keys, the worst case: neighbours share nothing but chance;
+- smooth: what we take for text. Per KV head a walk along the sequence (AR(1), unit variance, correlation exp(-n / 64) over n tokens) for keys and another
+  for queries, half as much noise on both (on queries per head), and one direction u added to all queries and to the keys of one block in 64: heavy hitters.
+"distinct" says how many blocks 64 consecutive queries choose together, of n_selected_blocks each: the mean over tiles of sparse queries and KV heads.
 """
 
 import argparse
+import itertools
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -20,25 +28,48 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kernels import AttentionPlan, SparseSpec, dense_attention, get_backend, pool_keys, reference, sparse_attention
+from kernels import AttentionPlan, SparseSpec, dense_attention, get_backend, pool_keys, reference, select_blocks, sparse_attention
 
-LENGTHS = [1024, 2048, 4096, 8192, 16384]
+LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
+DATA = ["random", "smooth"]
 
 
-def make(T: int, n_keys: int, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make(T: int, n_keys: int, args: argparse.Namespace, data: str = "random") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q of the last T of n_keys positions, k, v; module docstring says of what kind."""
     H, Hk, D = args.n_heads, args.n_kv_heads, args.head_dim
     g = torch.Generator().manual_seed(0)
-    shapes = ((1, T, H, D), (1, n_keys, Hk, D), (1, n_keys, Hk, D))
-    q, k, v = (torch.randn(s, generator=g).to(args.device, args.dtype) for s in shapes)
-    return q, k, v
+    q, k, v = (torch.randn(1, n, heads, D, generator=g) for n, heads in ((T, H), (n_keys, Hk), (n_keys, Hk)))
+    if data == "smooth":
+        u = torch.randn(1, 1, Hk, D, generator=g)
+        is_heavy = (torch.rand(1, -(-n_keys // 16), Hk, 1, generator=g) < 1 / 64).repeat_interleave(16, 1)[:, :n_keys]
+        k = 0.5 * k + walk(n_keys, Hk, D, g) + is_heavy * u
+        q = 0.5 * q + (walk(n_keys, Hk, D, g)[:, n_keys - T :] + u).repeat_interleave(H // Hk, 2)
+    return tuple(x.to(args.device, args.dtype) for x in (q, k, v))
+
+
+def walk(n: int, n_heads: int, head_dim: int, g: torch.Generator, tokens: float = 64.0) -> torch.Tensor:
+    """(1, n, n_heads, head_dim) of unit variance, correlated by exp(-distance / tokens) along the sequence."""
+    x, keep = torch.randn(1, n, n_heads, head_dim, generator=g), math.exp(-1 / tokens)
+    x[:, 1:] *= math.sqrt(1 - keep * keep)
+    for t in range(1, n):
+        x[:, t] += keep * x[:, t - 1]
+    return x
+
+
+def count_distinct(q: torch.Tensor, k: torch.Tensor, plan: AttentionPlan, spec: SparseSpec, tile: int = 64) -> float:
+    """Mean number of blocks that `tile` consecutive sparse queries choose together; nan if there are no such queries."""
+    ids = select_blocks(q, pool_keys(k, spec.block_size), plan, spec)[0]
+    counts = [len(x.unique()) for t in range(spec.dense_len, len(ids) - tile + 1, tile) for x in ids[t : t + tile].unbind(1)]
+    return statistics.mean(counts) if counts else math.nan
 
 
 def check(args: argparse.Namespace) -> float:
     """Largest difference to the reference over prefill and decode; raises if it is more than rounding."""
-    spec, S, worst = SparseSpec(), 1000, 0.0
-    q, k, v = make(S, S, args)
+    spec, S, worst = SparseSpec(), 1500, 0.0  # dense, masked and sparse queries
     plan = AttentionPlan(torch.arange(S, device=args.device)[None], S)
-    for op, ref, extra in ((sparse_attention, reference.sparse_attention, (spec,)), (dense_attention, reference.dense_attention, ())):
+    sparse, dense = (sparse_attention, reference.sparse_attention, (spec,)), (dense_attention, reference.dense_attention, ())
+    for (op, ref, extra), data in itertools.product((sparse, dense), DATA):
+        q, k, v = make(S, S, args, data)
         expected = ref(q.float(), k.float(), v.float(), plan, *extra)
         worst = max(worst, (op(q, k, v, plan, *extra).float() - expected).abs().max().item())
         last = AttentionPlan(plan.q_pos[:, -1:], S)
@@ -83,11 +114,11 @@ def peak_extra_mib(call, device: str) -> float:
 
 
 @torch.inference_mode()
-def measure_one(phase: str, n: int, args: argparse.Namespace) -> dict:
+def measure_one(phase: str, n: int, data: str, args: argparse.Namespace) -> dict:
     """One table row: a whole prefill of n tokens, or one decode step over n keys."""
     spec = SparseSpec()
     T = n if phase == "prefill" else 1
-    q, k, v = make(T, n, args)
+    q, k, v = make(T, n, args, data)
     plan = AttentionPlan(torch.arange(n - T, n, device=args.device)[None], n)
     pooled = pool_keys(k, spec.block_size) if phase == "decode" else None
     qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
@@ -96,7 +127,9 @@ def measure_one(phase: str, n: int, args: argparse.Namespace) -> dict:
         "dense": lambda: dense_attention(q, k, v, plan),
         "sparse": lambda: sparse_attention(q, k, v, plan, spec, pooled),
     }
-    row = {"phase": phase, "n_keys": n}
+    row = {"phase": phase, "n_keys": n, "data": data}
+    if phase == "prefill":
+        row["distinct"] = count_distinct(q, k, plan, spec)
     repeats = args.repeats * (10 if phase == "decode" else 1)
     for name, (median, spread) in time_in_turn(calls, repeats, args.device, time.process_time if args.cpu_time else time.perf_counter).items():
         row |= {f"{name}_ms": round(median, 3), f"{name}_spread_ms": round(spread, 3)}
@@ -107,12 +140,13 @@ def measure_one(phase: str, n: int, args: argparse.Namespace) -> dict:
 def measure(args: argparse.Namespace) -> list[dict]:
     rows = []
     for n in args.lengths:
-        for phase in ("prefill", "decode"):
-            row = measure_one(phase, n, args)
+        for phase, data in (("prefill", "random"), ("prefill", "smooth"), ("decode", "random")):
+            row = measure_one(phase, n, data, args)
             rows.append(row)
+            faster = min(row["sdpa_ms"], row["dense_ms"]) / row["sparse_ms"]
             print(
-                f"| {phase} | {n} | {row['sdpa_ms']:.2f} | {row['dense_ms']:.2f} | {row['sparse_ms']:.2f} ± {row['sparse_spread_ms']:.2f} "
-                f"| {min(row['sdpa_ms'], row['dense_ms']) / row['sparse_ms']:.2f}x | {row['dense_mib']:.0f} | {row['sparse_mib']:.0f} |",
+                f"| {phase} | {data} | {n} | {row.get('distinct', math.nan):.0f} | {row['sdpa_ms']:.2f} | {row['dense_ms']:.2f} "
+                f"| {row['sparse_ms']:.2f} ± {row['sparse_spread_ms']:.2f} | {faster:.2f}x | {row['sdpa_mib']:.1f} | {row['sparse_mib']:.1f} |",
                 flush=True,
             )
     return rows
@@ -148,8 +182,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     device = torch.cuda.get_device_name() if args.device == "cuda" else cpu
     print(f"equal to the reference within {worst:.1e}; {device}, {args.dtype}, {'CPU' if args.cpu_time else 'wall'} time")
     print(f"{args.n_heads} heads x {args.head_dim}, {args.n_kv_heads} KV heads, batch 1, {SparseSpec()}")
-    print("| phase | keys | SDPA ms | dense ms | sparse ms | faster than best dense | dense MiB | sparse MiB |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| phase | data | keys | distinct | SDPA ms | dense ms | sparse ms | faster than best dense | SDPA MiB | sparse MiB |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     rows = measure(args)
     info = {"torch": torch.__version__, "commit": commit(), "device": device, "backend": get_backend(), "dtype": str(args.dtype), "cpu_time": args.cpu_time}
     info |= {"n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads, "head_dim": args.head_dim, "spec": vars(SparseSpec()), "max_error": worst}

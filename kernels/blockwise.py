@@ -26,13 +26,16 @@ from kernels.spec import AttentionPlan, SparseSpec
 MASK_ELEMENTS = 1 << 22  # most (T x S) mask entries per row alive at once in a chunk of dense attention
 CACHED_MASK_ELEMENTS = 1 << 26  # masks of a plan are kept for the next layer up to this size
 MASKED_ELEMENTS = 1 << 19  # rows with T * S up to this take the masked way
-MASKED_RATIO = 2.5  # in the by-row way, a mask beats turning round until a query sees this many times the keys it reads
+MASKED_RATIO = 3  # in the by-row way, a mask beats turning round until a query sees this many times the keys it reads
 MASKED_QUERIES = 128  # queries per mask there: small, so that keys after them are trimmed off
-SELECT_QUERIES = 128  # queries that choose blocks at once: their scores stay in the cache
-CHUNK_QUERIES = 512
+SELECT_QUERIES = 256  # queries that choose blocks at once: their scores stay in the cache
+CHUNK_QUERIES = 1024  # sparse queries that are turned round at once: the more, the more of them meet in a block
+BAND_QUERIES = 512  # of which so many at once have all of their scores in memory
+GATHERED_ELEMENTS = 1 << 18
 DENSE_QUERIES = 1024
 FEW_QUERIES = 16  # calls with up to this many queries per row go by index or gather
 SORTED_SCORES = 1 << 12  # so few block scores are sorted whole: one operator instead of the seven of a topk with ties
+TOPK_LENGTH = 384  # rows of block scores this long are searched in two steps
 CHUNK_ELEMENTS = 1 << 22  # elements of the largest buffer in the tiled way; 16 MiB fp32, small enough that malloc reuses it
 BAND_TILE = 64
 
@@ -164,11 +167,23 @@ def _best(scores: Tensor, M: int) -> tuple[Tensor, Tensor]:
     if scores.is_cuda or scores.shape[-1] <= M or scores.numel() <= SORTED_SCORES:
         values, ids = torch.sort(scores, dim=-1, descending=True, stable=True)
     else:
-        values, ids = scores.topk(M + 1, dim=-1)
+        values, ids = _topk(scores, M + 1)
         tied = (values[..., M - 1] == values[..., M]) & (values[..., M] > float("-inf"))  # topk breaks ties at will
         if tied.any():
             ids[tied] = torch.sort(scores[tied], dim=-1, descending=True, stable=True).indices[..., : M + 1]
     return values[..., :M], ids[..., :M]
+
+
+def _topk(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """`scores.topk(n)`. Long rows are first cut to the n best of N / 4 groups by their maxima: whatever ranks above n lies in those."""
+    N = scores.shape[-1]
+    if N < TOPK_LENGTH:
+        return scores.topk(n, dim=-1)
+    scores = F.pad(scores, (0, -N % 4), value=float("-inf")) if N % 4 else scores
+    groups = scores.unflatten(-1, (4, -1))  # group j holds entries j, j + W, j + 2 W, j + 3 W: its maximum is taken in whole vectors
+    group = _topk(groups.amax(-2), n)[1]
+    values, i = groups.gather(-1, group.unsqueeze(-2).expand(*group.shape[:-1], 4, n)).flatten(-2).topk(n, dim=-1)
+    return values, group.gather(-1, i % n) + i // n * groups.shape[-1]
 
 
 def _selectable_range(q_pos: Tensor, doc_start: Tensor, spec: SparseSpec) -> tuple[Tensor, Tensor]:
@@ -429,6 +444,13 @@ class _DenseChunk(NamedTuple):
     is_prefix: bool  # query i stands at position i of the row, its document starts there
 
 
+class _Band(NamedTuple):
+    """The sinks and windows of some queries, in tiles: the queries of a tile meet one list of L keys."""
+
+    keys: Tensor  # (n_tiles, L) the sinks, then a range that covers the tile's windows; never after the chunk's last query
+    bias: Tensor  # (n_tiles or 1, tile, 1, L) added to each score: 0, or -inf for a key that the query does not read here
+
+
 class _SparseChunk(NamedTuple):
     """Queries of one document that all read sparsely, in order of position."""
 
@@ -437,17 +459,7 @@ class _SparseChunk(NamedTuple):
     doc_start: int
     lowest: int  # q_pos of the first query
     highest: int  # and of the last
-    band: "_Band | None"
-
-
-class _Band(NamedTuple):
-    """The sinks and windows of a chunk's queries: each tile of queries against one list of keys."""
-
-    keys: Tensor  # (n_tiles, n_sinks + L): the sinks, then a range that covers the tile's windows; it may end after the last query
-    sink_end: Tensor  # (Tc, 1) sinks from here on are in the window
-    sink_block: int  # the block that holds sinks and other keys, or -1
-    window_start: Tensor  # (Tc, 1)
-    q_pos: Tensor  # (Tc, 1)
+    bands: list[_Band]  # of each BAND_QUERIES queries
 
 
 def _split_rows(plan: AttentionPlan, spec: SparseSpec) -> list[tuple[list[_DenseChunk], list[_SparseChunk], list[_SparseChunk]]]:
@@ -491,13 +503,14 @@ def _make_dense_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor) -> _Dense
     return _DenseChunk(index, q_pos, doc_start, lo, hi, is_prefix)
 
 
-def _make_sparse_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor, spec: SparseSpec, with_band: bool) -> _SparseChunk:
+def _make_sparse_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor, spec: SparseSpec, with_bands: bool) -> _SparseChunk:
     pos, start = q_pos[index], int(doc_start[index[0]])
-    return _SparseChunk(index, pos, start, int(pos[0]), int(pos[-1]), _make_band(pos, start, spec) if with_band else None)
+    bands = [_make_band(part, start, spec) for part in pos.split(BAND_QUERIES)] if with_bands else []
+    return _SparseChunk(index, pos, start, int(pos[0]), int(pos[-1]), bands)
 
 
 def _make_band(pos: Tensor, doc_start: int, spec: SparseSpec) -> _Band:
-    n = len(pos)
+    n, highest = len(pos), pos[-1]
     tile = min(BAND_TILE, 1 << (n - 1).bit_length())
     pos = torch.cat([pos, pos[-1:].expand(-n % tile)])  # whole tiles: the last query is repeated
     while True:  # queries far apart get smaller tiles, or their bands would hold many keys that none of them reads
@@ -509,11 +522,13 @@ def _make_band(pos: Tensor, doc_start: int, spec: SparseSpec) -> _Band:
         tile //= 2
     sinks = doc_start + torch.arange(spec.n_sinks, device=pos.device)
     window = lowest[:, None] + torch.arange(L, device=pos.device)
-    keys = torch.cat([sinks.expand(len(window), -1), window], 1)
-    window_start = (pos - spec.window + 1)[:, None]
-    sink_end = doc_start + spec.n_sinks
-    sink_block = sink_end // spec.block_size if sink_end % spec.block_size else -1
-    return _Band(keys, window_start.clamp(max=sink_end), sink_block, window_start, pos[:, None])
+    query = pos.view(-1, tile, 1)
+    in_window = (window[:, None] > query - spec.window) & (window[:, None] <= query)
+    keep = torch.cat([sinks <= query - spec.window, in_window], -1)
+    if (keep == keep[:1]).all():  # consecutive queries: the same for each tile
+        keep = keep[:1]
+    bias = torch.zeros(keep.shape, device=pos.device).masked_fill_(~keep, float("-inf"))
+    return _Band(torch.cat([sinks.expand(len(window), -1), window], 1).clamp(max=highest), bias.unsqueeze(2))
 
 
 def _by_row(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor | None) -> Tensor:
@@ -550,13 +565,13 @@ def _by_row(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSp
             q_sum = qc.detach().view(-1, Hk, G, D).sum(2).transpose(0, 1)
             write(b, chunk.index, slice(None), run(_read_masked, qc, kb, vb, _choose(q_sum, pooled_b, chunk, spec), chunk, spec, use_reentrant=False))
         for h in range(Hk) if sparse else ():
-            n = max((chunk.highest + 1) // bs for chunk in sparse)
-            k_blocks = kb[: n * bs, h].reshape(n, bs, D).transpose(1, 2).contiguous()  # (n, D, bs)
+            n = max(chunk.highest + 1 for chunk in sparse)
+            k_h, v_h = kb[:, h], vb[:n, h].contiguous()
+            k_blocks = k_h[: n // bs * bs].reshape(-1, bs, D).transpose(1, 2).contiguous()  # (n // bs, D, bs)
             for chunk in sparse:
                 qc = qb[:, h * G : (h + 1) * G].index_select(0, chunk.index)  # (Tc, G, D)
-                q_sum = qc.detach().sum(1)
-                ids = _choose(q_sum, pooled_b[h], chunk, spec)
-                write(b, chunk.index, slice(h * G, (h + 1) * G), run(_read_chunk, qc, k_blocks, kb, vb, ids, h, chunk, spec, use_reentrant=False))
+                ids = _choose(qc.detach().sum(1), pooled_b[h], chunk, spec)
+                write(b, chunk.index, slice(h * G, (h + 1) * G), run(_read_chunk, qc, k_h, v_h, k_blocks, ids, chunk, spec, use_reentrant=False))
     if trained:
         rows, values = torch.cat([i.flatten() for i, _ in parts]), torch.cat([x.reshape(-1, D) for _, x in parts])
         out = q.new_zeros(B * T * H, D).index_copy(0, rows, values).view(q.shape)
@@ -566,19 +581,25 @@ def _by_row(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSp
 def _choose(q_sum: Tensor, pooled: Tensor, chunk: _SparseChunk, spec: SparseSpec) -> Tensor:
     """block_ids (..., Tc, M) of one document's queries q_sum (..., Tc, D) from pooled (..., N, D); in no particular order, -1 = unused."""
     M = spec.n_selected_blocks
-    first, low_stop = (int(x) for x in _selectable_range(torch.tensor(chunk.lowest), torch.tensor(chunk.doc_start), spec))
-    high_stop = int(_selectable_range(torch.tensor(chunk.highest), torch.tensor(chunk.doc_start), spec)[1])
-    if M == 0 or high_stop <= first:
-        return torch.full((*q_sum.shape[:-1], M), -1, dtype=torch.int64, device=q_sum.device)
-    scores = q_sum @ pooled[..., first:high_stop, :].transpose(-1, -2)
-    low_stop = max(low_stop, first)
-    if low_stop < high_stop:
-        _, stop = _selectable_range(chunk.q_pos, torch.full_like(chunk.q_pos, chunk.doc_start), spec)
-        n = torch.arange(low_stop, high_stop, device=q_sum.device)
-        scores[..., low_stop - first :].masked_fill_(n >= stop[:, None], float("-inf"))
-    values, ids = _best(scores, M)
-    ids = (ids + first).masked_fill_(values == float("-inf"), -1)
-    return F.pad(ids, (0, M - ids.shape[-1]), value=-1)
+    ids = torch.full((*q_sum.shape[:-1], M), -1, dtype=torch.int64, device=q_sum.device)
+    start = torch.full_like(chunk.q_pos, chunk.doc_start)
+    first, stop = _selectable_range(chunk.q_pos, start, spec)
+    bounds = torch.stack([torch.stack([a[0], z[0], z[-1]]) for a, z in zip(first.split(SELECT_QUERIES), stop.split(SELECT_QUERIES), strict=True)]).tolist()
+    for i, (first, low_stop, high_stop) in enumerate(bounds):  # queries in order: their stops ascend
+        part = slice(i * SELECT_QUERIES, (i + 1) * SELECT_QUERIES)
+        if M == 0 or high_stop <= first:
+            continue
+        scores = q_sum[..., part, :] @ pooled[..., first:high_stop, :].transpose(-1, -2)
+        low_stop = max(low_stop, first)
+        if low_stop < high_stop:
+            n = torch.arange(low_stop, high_stop, device=q_sum.device)
+            scores[..., low_stop - first :].masked_fill_(n >= stop[part, None], float("-inf"))
+        values, best = _best(scores, M)
+        best += first
+        if low_stop - first < M:
+            best.masked_fill_(values == float("-inf"), -1)
+        ids[..., part, : best.shape[-1]] = best
+    return ids
 
 
 def _dense_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: _DenseChunk) -> Tensor:
@@ -610,57 +631,81 @@ def _read_masked(q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor, chunk: _Spa
     return F.scaled_dot_product_attention(qg, kg, vg, attn_mask=bias).permute(2, 0, 1, 3).reshape(Tc, H, D)
 
 
-def _read_chunk(q: Tensor, k_blocks: Tensor, k: Tensor, v: Tensor, block_ids: Tensor, h: int, chunk: _SparseChunk, spec: SparseSpec) -> Tensor:
-    """KV head h's queries q (Tc, G, D) over k, v (S, Hk, D) and k_blocks (n, D, bs), reading block_ids (Tc, M) -> (Tc, G, D)."""
+def _read_chunk(q: Tensor, k: Tensor, v: Tensor, k_blocks: Tensor, block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec) -> Tensor:
+    """One KV head's queries q (Tc, G, D) over k, v (S, D) and k_blocks (n, D, bs), reading block_ids (Tc, M) -> (Tc, G, D)."""
     Tc, G, D = q.shape
-    M, Hk, bs, band = block_ids.shape[1], k.shape[1], spec.block_size, chunk.band
-    k_table, v_table = k.reshape(-1, D), v.reshape(-1, D)  # row s * Hk + h
+    M, bs = spec.n_selected_blocks, spec.block_size
     q = q * D**-0.5
-    # sinks and window; a key that is also in a chosen block counts there
-    n_tiles, L = band.keys.shape
-    tile = len(band.sink_end) // n_tiles
-    ids, padded = block_ids, q
-    if n_tiles * tile > Tc:
-        ids, padded = (torch.cat([x, x[-1:].expand(n_tiles * tile - Tc, *x.shape[1:])]) for x in (ids, q))
-    bias = _band_bias(ids, chunk, band, spec, q.dtype)
-    band_rows = (band.keys.clamp(max=chunk.highest) * Hk + h).flatten()
-    k_band, v_band = (x.index_select(0, band_rows).view(n_tiles, L, D) for x in (k_table, v_table))
-    logits = torch.bmm(padded.view(-1, tile * G, D), k_band.transpose(1, 2)).view(-1, G, L).add_(bias.unsqueeze(1))
     if M:
-        logits = torch.cat([_block_scores(q, k_blocks, block_ids), logits[:Tc]], -1)
-    p = logits.softmax(-1)
-    p_band = F.pad(p[..., M * bs :], (0, 0, 0, 0, 0, n_tiles * tile - Tc)) if M else p
-    out = torch.bmm(p_band.reshape(-1, tile * G, L), v_band).view(-1, G, D)[:Tc]
-    if M:
-        rows = (block_ids.int() * (bs * Hk) + h).unsqueeze(-1) + torch.arange(0, bs * Hk, Hk, dtype=torch.int32, device=q.device)
-        rows = rows.view(Tc, 1, M * bs).expand(-1, G, -1).reshape(Tc * G, -1)
-        weights = p[..., : M * bs].reshape(Tc * G, -1)
-        out = out + F.embedding_bag(rows, v_table, mode="sum", per_sample_weights=weights).view(Tc, G, D)
-    return out
+        turned = _turn_round(block_ids, len(k_blocks))
+        slot_of_pair, scores = turned[0], _block_scores(q, k_blocks, turned)
+        slots = slot_of_pair.view(Tc, 1, M) * G + torch.arange(G, device=q.device)[:, None]  # (Tc, G, M) rows of scores
+        keys = (block_ids.int() * bs).unsqueeze(-1) + torch.arange(bs, dtype=torch.int32, device=q.device)
+    out, weights = [], []
+    for i, band in enumerate(chunk.bands):
+        part = slice(i * BAND_QUERIES, (i + 1) * BAND_QUERIES)
+        qc, tile, (n_tiles, L) = q[part], band.bias.shape[1], band.keys.shape
+        n, left_over = len(qc), n_tiles * tile - len(qc)
+        if left_over:
+            qc = F.pad(qc, (0, 0, 0, 0, 0, left_over))
+        rows = band.keys.flatten()
+        k_band, v_band = (x.index_select(0, rows).view(n_tiles, L, D) for x in (k, v))
+        logits = torch.bmm(qc.view(-1, tile * G, D), k_band.transpose(1, 2)).view(n_tiles, tile, G, L).add_(band.bias).view(-1, G, L)[:n]
+        if M:
+            chosen = scores.index_select(0, slots[part].flatten()).view(n, G, M, bs)
+            chosen = _count_once(chosen, block_ids[part], chunk.q_pos[part], chunk.doc_start, spec)
+            logits = torch.cat([chosen.flatten(2), logits], -1)
+        p = logits.softmax(-1)
+        p_band = p[..., M * bs :]
+        if left_over:
+            p_band = F.pad(p_band, (0, 0, 0, 0, 0, left_over))
+        read = torch.bmm(p_band.reshape(-1, tile * G, L), v_band).view(-1, G, D)[:n]
+        if M and p.requires_grad:
+            weights.append(p[..., : M * bs])
+        elif M:
+            rows = keys[part].view(n, 1, M * bs).expand(-1, G, -1).reshape(n * G, -1)
+            read = read + F.embedding_bag(rows, v, mode="sum", per_sample_weights=p[..., : M * bs].reshape(n * G, -1)).view(n, G, D)
+        out.append(read)
+    out = torch.cat(out) if len(out) > 1 else out[0]
+    return out + _block_values(torch.cat(weights), v, turned) if weights else out
 
 
-def _band_bias(block_ids: Tensor, chunk: _SparseChunk, band: _Band, spec: SparseSpec, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores of the band: 0 or -inf, (n_tiles * tile, n_sinks + L)."""
-    bs, n_tiles = spec.block_size, len(band.keys)
-    block = band.window_start.div(bs, rounding_mode="floor")
-    window_start = torch.where((block_ids == block).any(1, keepdim=True), (block + 1) * bs, band.window_start)
-    sink_end = torch.where((block_ids == band.sink_block).any(1, keepdim=True), band.sink_end.clamp(max=band.sink_block * bs), band.sink_end)
-    keys = band.keys.unsqueeze(1)  # (n_tiles, 1, n_sinks + L)
-    sinks, window = keys[..., : spec.n_sinks], keys[..., spec.n_sinks :]
-    sink_end, window_start, pos = (x.view(n_tiles, -1, 1) for x in (sink_end, window_start, band.q_pos))
-    keep = torch.cat([sinks < sink_end, (window >= window_start) & (window <= pos)], -1).flatten(0, 1)
-    return torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(~keep, float("-inf"))
+def _block_values(p: Tensor, v: Tensor, turned: tuple[Tensor, Tensor, Tensor, int]) -> Tensor:
+    """(Tc, G, D): what p (Tc, G, M * bs) weighs of the chosen blocks of v (S, D). For training: a bag of single rows has a slow gradient."""
+    Tc, G, D = *p.shape[:2], v.shape[1]
+    slot_of_pair, pair_of_slot, block_of_tile, width = turned
+    M = len(slot_of_pair) // Tc
+    bs = p.shape[2] // M
+    row = (pair_of_slot // M * G)[:, None] + torch.arange(G, device=p.device)  # of p, for each slot and head of the group
+    p_tile = p.reshape(-1, bs).index_select(0, (row * M + (pair_of_slot % M)[:, None]).flatten()).view(-1, width * G, bs)
+    v_tile = v[: len(v) // bs * bs].view(-1, bs, D).index_select(0, block_of_tile)
+    read = torch.bmm(p_tile, v_tile).view(-1, G * D)  # a row per slot
+    return F.embedding_bag(slot_of_pair.view(Tc, M), read, mode="sum").view(Tc, G, D)
 
 
-def _block_scores(q: Tensor, k_blocks: Tensor, block_ids: Tensor) -> Tensor:
-    """(Tc, G, M * bs): q (Tc, G, D) times each chosen block of k_blocks (n, D, bs)."""
+def _count_once(scores: Tensor, block_ids: Tensor, q_pos: Tensor, doc_start: int, spec: SparseSpec) -> Tensor:
+    """Sets scores (n, G, M, bs) of keys that are read as sinks or in the window to -inf; only blocks across their edges hold such keys."""
+    bs, sink_end = spec.block_size, doc_start + spec.n_sinks
+    window_start = (q_pos - spec.window + 1)[:, None]
+    edge = block_ids == window_start.div(bs, rounding_mode="floor")
+    if sink_end % bs:
+        edge |= block_ids == sink_end // bs
+    query, m = edge.nonzero(as_tuple=True)
+    keys = (block_ids[query, m] * bs)[:, None] + torch.arange(bs, device=q_pos.device)
+    hidden = (keys >= window_start[query]) | (keys < sink_end)
+    scores[query, :, m] = scores[query, :, m].masked_fill(hidden[:, None], float("-inf"))
+    return scores
+
+
+def _block_scores(q: Tensor, k_blocks: Tensor, turned: tuple[Tensor, Tensor, Tensor, int]) -> Tensor:
+    """(n_slots * G, bs): q (Tc, G, D) times each chosen block of k_blocks (n, D, bs), a row per slot and head of the group."""
     Tc, G, D = q.shape
-    M, bs = block_ids.shape[1], k_blocks.shape[2]
-    slot_of_pair, pair_of_slot, block_of_tile, width = _turn_round(block_ids, len(k_blocks))
-    q_tile = q.view(Tc, G * D).index_select(0, pair_of_slot // M).view(-1, width * G, D)
-    scores = torch.bmm(q_tile, k_blocks.index_select(0, block_of_tile)).view(-1, bs)  # a row per slot and head of the group
-    rows = slot_of_pair.view(Tc, 1, M) * G + torch.arange(G, device=q.device)[:, None]
-    return scores.index_select(0, rows.flatten()).view(Tc, G, M * bs)
+    slot_of_pair, pair_of_slot, block_of_tile, width = turned
+    query = pair_of_slot // (len(slot_of_pair) // Tc)
+    q, size = q.view(Tc, G * D), max(1, GATHERED_ELEMENTS // (width * G * D))
+    parts = zip(query.split(size * width), block_of_tile.split(size), strict=True)  # few tiles at a time: what is gathered stays in the cache
+    scores = [torch.bmm(q.index_select(0, i).view(-1, width * G, D), k_blocks.index_select(0, j)) for i, j in parts]
+    return torch.cat(scores).view(-1, k_blocks.shape[2])
 
 
 def _turn_round(block_ids: Tensor, n_blocks: int) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -671,9 +716,9 @@ def _turn_round(block_ids: Tensor, n_blocks: int) -> tuple[Tensor, Tensor, Tenso
     """
     block = block_ids.flatten()
     P = block.numel()
-    width = 1 << max(3, min(5, (P // max(1, n_blocks)).bit_length() - 2))  # at most half a block's share: little is left over
     sorted_block, pair = torch.sort(block)
     count = torch.bincount(block, minlength=n_blocks)
+    width = 1 << max(3, min(5, (P // int(count.count_nonzero())).bit_length() - 2))  # a quarter to a half of a block's share: little is left over
     n_tiles = (count + width - 1) // width
     first_pair, first_tile = count.cumsum(0) - count, n_tiles.cumsum(0) - n_tiles
     slot = (first_tile * width - first_pair)[sorted_block] + torch.arange(P, device=block.device)

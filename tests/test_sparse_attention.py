@@ -25,6 +25,8 @@ def way(request, monkeypatch):
     """Every way of more than a few queries, whatever the size of the test."""
     set_way(monkeypatch, request.param)
     monkeypatch.setattr("kernels.blockwise.CHUNK_QUERIES", 32)  # several chunks
+    monkeypatch.setattr("kernels.blockwise.BAND_QUERIES", 16)
+    monkeypatch.setattr("kernels.blockwise.SELECT_QUERIES", 16)
     return request.param
 
 
