@@ -33,6 +33,7 @@ CHUNK_QUERIES = 1024  # sparse queries that are turned round at once: the more, 
 BAND_QUERIES = 512  # of which so many at once have all of their scores in memory
 GATHERED_ELEMENTS = 1 << 18
 DENSE_QUERIES = 1024
+DOCUMENT_QUERIES = 144  # queries per chunk of dense attention over packed documents
 FEW_QUERIES = 16  # calls with up to this many queries per row go by index or gather
 SORTED_SCORES = 1 << 12  # so few block scores are sorted whole: one operator instead of the seven of a topk with ties
 TOPK_LENGTH = 384  # rows of block scores this long are searched in two steps
@@ -102,6 +103,8 @@ def _chunks(plan: AttentionPlan) -> list[tuple[int, int, int, int]]:
     def build() -> list[tuple[int, int, int, int]]:
         T, S = plan.q_pos.shape[1], plan.max_pos + 1
         size = min(T, max(64, MASK_ELEMENTS // max(S, 1)))
+        if plan.has_docs:  # no query sees its whole row: the keys that no query of a chunk sees are left out
+            size = min(size, DOCUMENT_QUERIES)
         starts = range(0, T, size)
         lows, highs = [], []
         for t in starts:
