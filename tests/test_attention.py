@@ -70,6 +70,18 @@ def test_dense_in_chunks_of_queries_matches_reference(monkeypatch):
     assert_same(dense_attention(q, k, v, plan), reference.dense_attention(q, k, v, plan))
 
 
+def test_dense_over_packed_documents_in_chunks_matches_reference_in_values_and_gradients():
+    T = 2 * kernels.blockwise.DOCUMENT_QUERIES + 17
+    q, k, v = make(2, T, T, 4, 2, 16)
+    starts = torch.tensor([[0, 48, 160, 240], [0, 16, 144, 288]])  # of four documents in each row
+    doc_start = torch.stack([s[torch.searchsorted(s, torch.arange(T), right=True) - 1] for s in starts])
+    plan = AttentionPlan(torch.arange(T).expand(2, -1), T, doc_start)
+    ours, theirs = (values_and_grads(lambda *x, f=f: f(*x, plan), q, k, v) for f in (dense_attention, reference.dense_attention))
+    assert len(plan.cached("chunks", list)) == 3
+    for a, b in zip(ours, theirs, strict=True):
+        assert_same(a, b)
+
+
 @pytest.mark.parametrize("T", [1, 5, 40])
 @pytest.mark.parametrize("op", ["dense", "sparse"])
 def test_padding_queries_give_zero_and_zero_gradient_even_on_empty_rows_of_nan(T, op):

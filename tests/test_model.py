@@ -164,6 +164,13 @@ def test_packed_documents_see_only_themselves():
 
 
 @torch.no_grad()
+def test_logits_at_some_tokens_are_those_of_the_whole_in_row_major_order():
+    t, at = tokens(2, 45), torch.rand(2, 45, generator=torch.Generator().manual_seed(3)) < 0.4
+    whole, some = MODEL(t, "auto", threshold=THRESHOLD), MODEL(t, "auto", threshold=THRESHOLD, logits_at=at)
+    assert_close(some.logits, whole.logits[at])
+    assert torch.equal(some.hidden, whole.hidden)
+
+
 def test_every_token_is_in_the_cache_whichever_branch_computed_it():
     t = tokens(1, 24)
     cache = MODEL.new_cache(1, 32)
