@@ -41,12 +41,17 @@ def fast_keys(c: DualBranchConfig, n_visible: int) -> int:
     return n_visible if n_visible <= s.dense_len else min(n_visible, s.n_sinks + s.window + s.n_selected_blocks * s.block_size)
 
 
+def norm_params(c: DualBranchConfig) -> int:
+    """Norms of one branch: before the feed-forward, of queries, and of what it adds to the residual."""
+    return c.d_model * (3 if c.post_norms else 1) + (c.head_dim if c.qk_norm else 0)
+
+
 def total_params(c: DualBranchConfig) -> int:
     """Parameter count of `DualBranchModel(c)`, without building it."""
     norms_and_biases = 0
     for n_heads, dual in ((c.n_heads, False), *(((c.fast_n_heads, True),) if not c.is_dense else ())):
         layers = len(c.dual_layers) if dual else c.n_layers
-        per_layer = c.d_model + (c.head_dim if c.qk_norm else 0) + (n_heads * c.head_dim if c.qkv_bias else 0)
+        per_layer = norm_params(c) + (n_heads * c.head_dim if c.qkv_bias else 0)
         if not dual:  # the shared part: attention norm, key norm, K/V biases
             per_layer += c.d_model + (c.head_dim if c.qk_norm else 0) + (2 * c.n_kv_heads * c.head_dim if c.qkv_bias else 0)
         norms_and_biases += layers * per_layer
@@ -57,13 +62,16 @@ def total_params(c: DualBranchConfig) -> int:
     return embeddings + matrices + norms_and_biases + c.d_model + gate
 
 
-def layer_flops(c: DualBranchConfig, slow: bool, n_cached: int) -> float:
-    """One layer, one token that sees `n_cached` earlier tokens and itself."""
+def layer_flops(c: DualBranchConfig, slow: bool, n_cached: int, sliding: bool = False) -> float:
+    """One layer, one token that sees `n_cached` earlier tokens and itself; `sliding`: a sliding-window layer."""
     n = n_cached + 1
-    if slow:
-        return 2 * (kv_params(c) + branch_params(c, c.n_heads, c.d_ff)) + 4 * c.n_heads * c.head_dim * n
-    flops = 2 * (kv_params(c) + branch_params(c, c.fast_n_heads, c.fast_d_ff)) + 4 * c.fast_n_heads * c.head_dim * fast_keys(c, n)
-    if n > c.sparse.dense_len:  # block scores, of the sum over each group's heads
+    n_heads, d_ff = (c.n_heads, c.d_ff) if slow else (c.fast_n_heads, c.fast_d_ff)
+    if sliding:
+        n_read = min(n, c.sliding_window if slow else c.fast_window)
+    else:
+        n_read = n if slow else fast_keys(c, n)
+    flops = 2 * (kv_params(c) + branch_params(c, n_heads, d_ff)) + 4 * n_heads * c.head_dim * n_read
+    if not slow and not sliding and n > c.sparse.dense_len:  # block scores, of the sum over each group's heads
         flops += 2 * c.n_kv_heads * c.head_dim * (n // c.sparse.block_size)
     return flops
 
@@ -75,9 +83,15 @@ def head_flops(c: DualBranchConfig) -> float:
 
 def token_flops(c: DualBranchConfig, slow_share: float, n_cached: int) -> float:
     """The whole model for one token, of which `slow_share` in [0, 1] is computed slow (0 or 1 for a single token)."""
-    n_dual = len(c.dual_layers)
-    flops = (c.n_layers - n_dual) * layer_flops(c, True, n_cached) + head_flops(c) + 2 * gate_params(c)
-    return flops + n_dual * (slow_share * layer_flops(c, True, n_cached) + (1 - slow_share) * layer_flops(c, False, n_cached))
+    flops = head_flops(c) + 2 * gate_params(c)
+    for sliding in (False, True):
+        n_layers = len(c.sliding_layers) if sliding else c.n_layers - len(c.sliding_layers)
+        if not n_layers:
+            continue
+        n_dual = sum((i in c.sliding_layers) == sliding for i in c.dual_layers)
+        slow, fast = (layer_flops(c, s, n_cached, sliding) for s in (True, False))
+        flops += (n_layers - n_dual) * slow + n_dual * (slow_share * slow + (1 - slow_share) * fast)
+    return flops
 
 
 def token_cost(c: DualBranchConfig, route: str | float, n_cached: int, kv_element_bytes: int) -> Cost:

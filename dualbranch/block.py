@@ -38,47 +38,59 @@ class KVProjection(nn.Module):
 
 
 class Branch(nn.Module):
-    """Queries, output matrix and feed-forward of one branch; reads and writes the full residual. `sparse` is None for the slow one."""
+    """Queries, output matrix and feed-forward of one branch; reads and writes the full residual. `reads`: which keys its queries read, None = all."""
 
-    def __init__(self, c: DualBranchConfig, n_heads: int, d_ff: int, sparse: SparseSpec | None) -> None:
+    def __init__(self, c: DualBranchConfig, n_heads: int, d_ff: int, reads: SparseSpec | None, sliding: bool) -> None:
         super().__init__()
-        self.n_heads, self.sparse = n_heads, sparse
+        self.n_heads, self.reads, self.sliding = n_heads, reads, sliding
+        self.q_scale = None if c.attn_scale is None else c.attn_scale * c.head_dim**0.5  # attention itself scales by head_dim ** -0.5
         self.w_q = nn.Linear(c.d_model, n_heads * c.head_dim, bias=c.qkv_bias)
         self.w_o = nn.Linear(n_heads * c.head_dim, c.d_model, bias=False)
         self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.attn_post_norm = nn.RMSNorm(c.d_model, c.norm_eps) if c.post_norms else nn.Identity()
         self.ff_norm = nn.RMSNorm(c.d_model, c.norm_eps)
         self.ff = FeedForward(c.d_model, d_ff, c.activation)
+        self.ff_post_norm = nn.RMSNorm(c.d_model, c.norm_eps) if c.post_norms else nn.Identity()
 
     def attend(self, h: Tensor, group: TokenGroup, k: Tensor, v: Tensor, pooled: Tensor | None) -> Tensor:
         """Head outputs `(N, H * D)` before the output matrix, for normed inputs `h (N, E)`."""
-        q = self.w_q(h).unflatten(-1, (self.n_heads, -1))
-        q = group.to_grid(apply_rope(self.q_norm(q), group.cos, group.sin))  # (B, Tg, H, D)
-        if self.sparse is None:
+        q = self.q_norm(self.w_q(h).unflatten(-1, (self.n_heads, -1)))
+        if self.q_scale is not None:
+            q = q * self.q_scale
+        q = group.to_grid(apply_rope(q, *group.angles(self.sliding)))  # (B, Tg, H, D)
+        if self.reads is None:
             y = dense_attention(q, k, v, group.plan)
         else:
-            y = sparse_attention(q, k, v, group.plan, self.sparse, pooled)
+            y = sparse_attention(q, k, v, group.plan, self.reads, pooled)
         return group.from_grid(y).flatten(1)
 
     def forward(self, x: Tensor, h: Tensor, group: TokenGroup, k: Tensor, v: Tensor, pooled: Tensor | None) -> Tensor:
         """The whole block as this branch computes it: residual stream in `(N, E)`, residual stream out."""
-        x = x + self.w_o(self.attend(h, group, k, v, pooled))
-        return x + self.ff(self.ff_norm(x))
+        x = x + self.attn_post_norm(self.w_o(self.attend(h, group, k, v, pooled)))
+        return x + self.ff_post_norm(self.ff(self.ff_norm(x)))
 
 
 class Block(nn.Module):
-    """`out = g * fast(x) + (1 - g) * slow(x)` over one residual stream and one set of K/V. Without a fast branch it is an ordinary block."""
+    """`out = g * fast(x) + (1 - g) * slow(x)` over one residual stream and one set of K/V. Without a fast branch it is an ordinary block.
 
-    def __init__(self, c: DualBranchConfig, dual: bool) -> None:
+    In a sliding-window layer both branches read a window (`kernels.SparseSpec.sliding`): the layer never learned to look further.
+    """
+
+    def __init__(self, c: DualBranchConfig, dual: bool, sliding: bool = False) -> None:
         super().__init__()
+        self.sliding = sliding
+        slow_reads, fast_reads = None, c.sparse
+        if sliding:
+            slow_reads, fast_reads = (SparseSpec.sliding(window, c.sparse.block_size) for window in (c.sliding_window, c.fast_window))
         self.attn_norm = nn.RMSNorm(c.d_model, c.norm_eps)
         self.kv = KVProjection(c)
-        self.slow = Branch(c, c.n_heads, c.d_ff, sparse=None)
-        self.fast = Branch(c, c.fast_n_heads, c.fast_d_ff, sparse=c.sparse) if dual else None
+        self.slow = Branch(c, c.n_heads, c.d_ff, slow_reads, sliding)
+        self.fast = Branch(c, c.fast_n_heads, c.fast_d_ff, fast_reads, sliding) if dual else None
 
     def forward(self, x: Tensor, partition: Partition, store: KVStore) -> Tensor:
         """Hard route: `x (N, E)`, ordered as `partition` says ([slow | fast]), to `(N, E)`; each token pays for one branch."""
         h = self.attn_norm(x)
-        keys = store(*self.kv(h, partition.cos, partition.sin))
+        keys = store(*self.kv(h, *partition.angles(self.sliding)))
         n, parts = partition.n_slow, []
         if partition.slow is not None:
             parts.append(self.slow(x[:n], h[:n], partition.slow, *keys))
@@ -89,6 +101,6 @@ class Block(nn.Module):
     def mix(self, x: Tensor, tokens: TokenGroup, store: KVStore, g: Tensor) -> Tensor:
         """Soft route: both branches on every token, mixed by `g (N,)`. At g = 0 and g = 1 it equals the hard route exactly."""
         h = self.attn_norm(x)
-        keys = store(*self.kv(h, tokens.cos, tokens.sin))
+        keys = store(*self.kv(h, *tokens.angles(self.sliding)))
         w = g[:, None].to(x.dtype)
         return w * self.fast(x, h, tokens, *keys) + (1 - w) * self.slow(x, h, tokens, *keys)

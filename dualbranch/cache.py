@@ -42,7 +42,7 @@ class NoCache:
 class KVCache:
     """Contiguous cache of `n_rows` sequences of up to `capacity` tokens each (rounded up to whole selection blocks).
 
-    `k[i], v[i] (B, C, Hk, D)` per layer; `pooled[i] (B, C / block_size, Hk, D)` fp32 mean keys of the complete blocks of dual layers,
+    `k[i], v[i] (B, C, Hk, D)` per layer; `pooled[i] (B, C / block_size, Hk, D)` fp32 mean keys of the complete blocks of dual layers that choose blocks,
     updated once per block; `n_cached (B,)` int64 on the CPU; `from_slow (B, C)` bool on the CPU: provenance of each row's tokens.
     Slots at and after `n_cached` hold nothing meaningful.
     """
@@ -54,7 +54,7 @@ class KVCache:
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         pooled_shape = (n_rows, self.capacity // block, config.n_kv_heads, config.head_dim)
-        self.pooled = {i: torch.zeros(pooled_shape, device=device) for i in config.dual_layers}
+        self.pooled = {i: torch.zeros(pooled_shape, device=device) for i in config.dual_layers if i not in config.sliding_layers}
         self.n_cached = torch.zeros(n_rows, dtype=torch.int64)
         self.from_slow = torch.ones(n_rows, self.capacity, dtype=torch.bool)
 

@@ -1,4 +1,4 @@
-"""Leaf modules shared by both branches: rotary embedding and the gated feed-forward. Used by `block.py`; knows nothing of routes."""
+"""Leaf modules shared by both branches: rotary embedding, scaled embedding and the gated feed-forward. Used by `block.py`; knows nothing of routes."""
 
 from __future__ import annotations
 
@@ -11,43 +11,49 @@ from torch import Tensor, nn
 from dualbranch.config import DualBranchConfig, RopeScaling
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[Tensor, float]:
-    """Rotary frequencies `(D/2,)` in radians per token (fp64) and the factor by which cos and sin are multiplied (1 except for YaRN).
+def rope_frequencies(n_dims: int, theta: float, scaling: RopeScaling, max_seq_len: int = 0) -> tuple[Tensor, float]:
+    """Rotary frequencies of `n_dims` rotating elements, `(n_dims / 2,)` in radians per token (fp64), and the factor by which cos and sin grow.
 
-    Source: RoFormer (Su et al. 2021), with the stretchings described at `RopeScaling`.
+    `max_seq_len` chooses the factors of longrope. Source: RoFormer (Su et al. 2021), with the stretchings described at `RopeScaling`.
     """
-    half = torch.arange(0, head_dim, 2, dtype=torch.float64)
-    freq = theta ** (-half / head_dim)
-    if scaling.kind == "none":
-        return freq, 1.0
+    pairs = torch.arange(n_dims // 2, dtype=torch.float64, device="cpu")  # numbers, also while a model is built on the meta device
+    freq = theta ** (-2 * pairs / n_dims)
     if scaling.kind == "linear":
-        return freq / scaling.factor, 1.0
-    if scaling.kind == "llama3":
-        wavelength = 2 * math.pi / freq
-        rotations = scaling.original_max_seq_len / wavelength
+        freq = freq / scaling.factor
+    elif scaling.kind == "llama3":
+        rotations = scaling.original_max_seq_len * freq / (2 * math.pi)
         smooth = ((rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
-        return (1 - smooth) * freq / scaling.factor + smooth * freq, 1.0
+        freq = (1 - smooth) * freq / scaling.factor + smooth * freq
+    elif scaling.kind == "longrope":
+        factors = scaling.long_factors if max_seq_len > scaling.original_max_seq_len else scaling.short_factors
+        freq = freq / torch.tensor(factors, dtype=torch.float64, device="cpu")
+    elif scaling.kind == "yarn":
+        low, high = (_pair_that_makes(rotations, n_dims, theta, scaling.original_max_seq_len) for rotations in (scaling.beta_fast, scaling.beta_slow))
+        if scaling.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, n_dims - 1)
+        ramp = ((pairs - low) / ((high - low) or 1e-3)).clamp(0, 1)
+        freq = freq / scaling.factor * ramp + freq * (1 - ramp)
+    return freq, scaling.amplitude
 
-    def pair_index(rotations: float) -> float:  # the pair that makes this many rotations over the trained length
-        return head_dim * math.log(scaling.original_max_seq_len / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_index(scaling.beta_fast)), 0)
-    high = min(math.ceil(pair_index(scaling.beta_slow)), head_dim - 1)
-    ramp = ((torch.arange(head_dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
-    return freq / scaling.factor * ramp + freq * (1 - ramp), 0.1 * math.log(scaling.factor) + 1.0
+def _pair_that_makes(rotations: float, n_dims: int, theta: float, seq_len: int) -> float:
+    """Index, not rounded, of the pair that makes so many rotations over `seq_len` tokens."""
+    return n_dims * math.log(seq_len / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
 
 class Rope(nn.Module):
-    """Rotary position table, built on first use and grown by doubling. Never saved."""
+    """Rotary position table, built on first use and grown by doubling. Never saved. `sliding`: of the sliding-window layers."""
 
-    def __init__(self, config: DualBranchConfig) -> None:
+    def __init__(self, config: DualBranchConfig, sliding: bool = False) -> None:
         super().__init__()
-        self.freq, self.amplitude = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        theta, scaling = (config.sliding_rope_theta, RopeScaling()) if sliding else (config.rope_theta, config.rope_scaling)
+        self.freq, self.amplitude = rope_frequencies(config.rotary_dim or config.head_dim, theta, scaling, config.max_seq_len)
         self.max_seq_len = config.max_seq_len
-        self._table: Tensor | None = None  # (2, n, 1, D) fp32: cos, and sin with its sign
+        self._table: Tensor | None = None  # (2, n, 1, R) fp32: cos, and sin with its sign
 
     def forward(self, positions: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
-        """What `apply_rope` takes, cos and sin `(..., 1, D)` fp32, at integer `positions (...)`, all below `n_positions`."""
+        """What `apply_rope` takes, cos and sin `(..., 1, R)` fp32, at integer `positions (...)`, all below `n_positions`."""
         table = self._table
         if table is None or table.shape[1] < n_positions or table.device != positions.device:
             n = min(max(256, 1 << (n_positions - 1).bit_length()), max(self.max_seq_len, n_positions))
@@ -58,11 +64,25 @@ class Rope(nn.Module):
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates `x (N, H, D)`: pairs are (i, i + D/2), the convention of Llama checkpoints.
+    """Rotates the first R elements of each head of `x (N, H, D)`: pairs are (i, i + R/2), the convention of Llama checkpoints.
 
-    `cos (N, 1, D)`, in x's dtype, holds each pair's cosine twice, `sin` its sine, negative in the first half: `x * cos + swapped halves * sin`.
+    `cos (N, 1, R)`, in x's dtype, holds each pair's cosine twice, `sin` its sine, negative in the first half: `x * cos + swapped halves * sin`.
     """
+    R = cos.shape[-1]
+    if x.shape[-1] > R:
+        return torch.cat([apply_rope(x[..., :R], cos, sin), x[..., R:]], -1)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Embeddings times a constant, rounded to their dtype as the models trained with one do."""
+
+    def __init__(self, vocab_size: int, d_model: int, scale: float) -> None:
+        super().__init__(vocab_size, d_model)
+        self.scale = scale
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) * torch.tensor(self.scale, dtype=self.weight.dtype)
 
 
 class FeedForward(nn.Module):

@@ -17,7 +17,7 @@ from dualbranch.block import Block
 from dualbranch.cache import KVCache, NoCache
 from dualbranch.config import DualBranchConfig
 from dualbranch.gate import Calibration, GatingController
-from dualbranch.layers import Rope
+from dualbranch.layers import Rope, ScaledEmbedding
 from dualbranch.routing import Grid, Partition, TokenGroup
 
 ROUTES = ("slow", "fast", "auto", "soft")
@@ -42,9 +42,11 @@ class DualBranchModel(nn.Module):
         super().__init__()
         self.config = config
         self.calibration: Calibration | None = None
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        scaled = config.embed_scale != 1.0
+        self.embed = ScaledEmbedding(config.vocab_size, config.d_model, config.embed_scale) if scaled else nn.Embedding(config.vocab_size, config.d_model)
         self.rope = Rope(config)
-        self.blocks = nn.ModuleList(Block(config, dual=i in config.dual_layers) for i in range(config.n_layers))
+        self.sliding_rope = None if config.sliding_rope_theta is None else Rope(config, sliding=True)
+        self.blocks = nn.ModuleList(Block(config, i in config.dual_layers, i in config.sliding_layers) for i in range(config.n_layers))
         self.gate = None if config.is_dense else GatingController(config)
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -136,7 +138,8 @@ class DualBranchModel(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: residual stream `(..., E)` to fp32 `(..., V)`."""
         weight = self.embed.weight if self.head is None else self.head.weight
-        return F.linear(self.norm(x), weight).float()
+        logits, cap = F.linear(self.norm(x), weight).float(), self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _place(self, tokens: Tensor, cache: KVCache | None, lengths: Tensor | None, doc_start: Tensor | None) -> tuple[Grid, object, Tensor]:
         """Positions on the key axis, and where keys are stored."""
@@ -153,10 +156,11 @@ class DualBranchModel(nn.Module):
         if n_keys > self.config.max_seq_len:
             raise ValueError(f"{n_keys} tokens exceed max_seq_len = {self.config.max_seq_len}; shorten the prompt or raise it (rope_scaling)")
         positions = q_pos if doc_start is None else q_pos - doc_start
-        cos, sin = self.rope(positions.flatten(), n_keys if lengths is None else n_keys + T)
+        positions, n_positions = positions.flatten(), n_keys if lengths is None else n_keys + T
+        angles, sliding = (None if rope is None else tuple(x.to(self.dtype) for x in rope(positions, n_positions)) for rope in (self.rope, self.sliding_rope))
         if lengths is not None:
             q_pos = torch.where(t < n_new.to(device)[:, None], q_pos, -1)
-        return Grid(q_pos, doc_start, n_keys, cos.to(self.dtype), sin.to(self.dtype)), keys, n_new
+        return Grid(q_pos, doc_start, n_keys, *angles, sliding), keys, n_new
 
     def _decide(
         self, x: Tensor, route: str | Tensor, budget: float | None, threshold: float | None, shape: tuple[int, int]

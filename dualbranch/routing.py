@@ -13,6 +13,9 @@ from torch import Tensor
 
 from kernels import AttentionPlan
 
+#: cos and sin `(N, 1, R)` at each token's position, in the model's dtype.
+Angles = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class TokenGroup:
@@ -20,7 +23,8 @@ class TokenGroup:
 
     `cells (N,)`: flat index `b * T + t` of each token, or None when the group is the whole grid in order.
     `slots (N,)`: flat index in the group's own `(B, Tg)` query grid (rows padded to the longest), None with `cells`.
-    `cos, sin (N, 1, D)`: rotary factors at each token's position, in the model's dtype. `shape` is `(B, Tg)`.
+    `cos, sin (N, 1, R)`: rotary factors at each token's position, in the model's dtype; `sliding`: those of the sliding-window layers,
+    where they differ. `shape` is `(B, Tg)`.
     """
 
     plan: AttentionPlan
@@ -29,6 +33,11 @@ class TokenGroup:
     shape: tuple[int, int]
     cells: Tensor | None = None
     slots: Tensor | None = None
+    sliding: Angles | None = None
+
+    def angles(self, sliding: bool) -> Angles:
+        """The rotary factors of a layer, which is a sliding-window layer or not."""
+        return self.sliding if sliding and self.sliding is not None else (self.cos, self.sin)
 
     def to_grid(self, x: Tensor) -> Tensor:
         """`(N, ...) -> (B, Tg, ...)`; padding slots are zero."""
@@ -43,11 +52,16 @@ class TokenGroup:
         return flat if self.slots is None else flat.index_select(0, self.slots)
 
 
+def pick(angles: Angles | None, index: Tensor) -> Angles | None:
+    """The rotary factors of the tokens `index (N,)`."""
+    return None if angles is None else (angles[0].index_select(0, index), angles[1].index_select(0, index))
+
+
 @dataclass(frozen=True)
 class Grid:
     """The whole input of one forward pass: key-axis position and document start of each of the B x T tokens.
 
-    `q_pos (B, T)` int64 is -1 at padding. `cos, sin (B*T, 1, D)`. Mutates nothing.
+    `q_pos (B, T)` int64 is -1 at padding. `cos, sin (B*T, 1, R)`, and `sliding` as in `TokenGroup`. Mutates nothing.
     """
 
     q_pos: Tensor
@@ -55,10 +69,11 @@ class Grid:
     n_keys: int
     cos: Tensor
     sin: Tensor
+    sliding: Angles | None = None
 
     def whole(self) -> TokenGroup:
         B, T = self.q_pos.shape
-        return TokenGroup(AttentionPlan(self.q_pos, self.n_keys, self.doc_start), self.cos, self.sin, (B, T))
+        return TokenGroup(AttentionPlan(self.q_pos, self.n_keys, self.doc_start), self.cos, self.sin, (B, T), sliding=self.sliding)
 
     def subset(self, cells: Tensor) -> TokenGroup:
         """The tokens at flat grid indices `cells (N,)`, ascending, N >= 1."""
@@ -75,7 +90,7 @@ class Grid:
         if self.doc_start is not None:
             doc_start = self.doc_start.new_zeros(B * width).index_copy(0, slots, self.doc_start.flatten()[cells]).view(B, width)
         plan = AttentionPlan(q_pos, self.n_keys, doc_start)
-        return TokenGroup(plan, self.cos.index_select(0, cells), self.sin.index_select(0, cells), (B, width), cells, slots)
+        return TokenGroup(plan, *pick((self.cos, self.sin), cells), (B, width), cells, slots, pick(self.sliding, cells))
 
 
 @dataclass(frozen=True)
@@ -91,6 +106,9 @@ class Partition:
     order: Tensor | None
     cos: Tensor
     sin: Tensor
+    sliding: Angles | None = None
+
+    angles = TokenGroup.angles
 
     @property
     def n_slow(self) -> int:
@@ -99,7 +117,7 @@ class Partition:
     @staticmethod
     def uniform(tokens: TokenGroup, slow: bool) -> Partition:
         """Every token to one branch."""
-        return Partition(tokens if slow else None, None if slow else tokens, None, tokens.cos, tokens.sin)
+        return Partition(tokens if slow else None, None if slow else tokens, None, tokens.cos, tokens.sin, tokens.sliding)
 
     @staticmethod
     def split(grid: Grid, whole: TokenGroup, use_slow: Tensor) -> Partition:
@@ -112,4 +130,4 @@ class Partition:
         if fast_cells.numel() == 0 or slow_cells.numel() == 0:
             return Partition.uniform(whole, slow=fast_cells.numel() == 0)
         order = torch.cat([slow_cells, fast_cells])
-        return Partition(grid.subset(slow_cells), grid.subset(fast_cells), order, grid.cos.index_select(0, order), grid.sin.index_select(0, order))
+        return Partition(grid.subset(slow_cells), grid.subset(fast_cells), order, *pick((grid.cos, grid.sin), order), pick(grid.sliding, order))

@@ -620,6 +620,8 @@ def _read_masked(q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor, chunk: _Spa
     Tc, H, D = q.shape
     Hk, bs = k.shape[1], spec.block_size
     G, lo, hi = H // Hk, chunk.doc_start, chunk.highest + 1
+    if spec.n_sinks == spec.n_selected_blocks == 0:  # a window alone: the keys before it are left out
+        lo = max(lo, (chunk.lowest - spec.window + 1) // bs * bs)
     first, n_blocks = lo // bs, -(-(hi - lo) // bs)
     ids = torch.where(block_ids < 0, n_blocks, block_ids - first)  # the last column takes the -1s
     blocks = q.new_full((Hk, Tc, n_blocks + 1), float("-inf")).scatter_(-1, ids, 0.0)[..., :n_blocks]

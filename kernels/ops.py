@@ -77,6 +77,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec:
 
     pooled (B, N, Hk, D): `pool_keys` of k, kept by the caller (decode then reads only the keys it attends to);
     None computes it here. Gradients flow through q, k, v, not through the choice. Memory is linear in T.
+    With `SparseSpec.sliding` this is the attention of a sliding-window layer, on every backend.
     """
     _check_q(q, plan)
     _check_kv(q, k, v, plan)
@@ -84,6 +85,8 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec:
         _check_pooled(q, pooled, plan, spec)
         if pooled.shape[2] != k.shape[2]:
             raise ValueError(f"pooled has {pooled.shape[2]} KV heads, k has {k.shape[2]}")
+    elif spec.n_selected_blocks == 0:  # nothing to choose, so nothing to pool
+        pooled = k.new_empty(k.shape[0], 0, *k.shape[2:], dtype=torch.promote_types(k.dtype, torch.float32))
     if plan.has_docs:
         _check_doc_start(plan, spec)
     decode = _decode(q, k, v)

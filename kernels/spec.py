@@ -24,6 +24,14 @@ class SparseSpec:
     n_sinks: int = 4
     dense_len: int = 512  # queries with fewer earlier tokens than this read everything
 
+    @classmethod
+    def sliding(cls, window: int, block_size: int) -> "SparseSpec":
+        """The rule of a sliding-window layer: the last `window` keys, the query's own included, and nothing else.
+
+        No blocks and no sinks; queries that see no more than the window are dense. block_size only says how documents are aligned.
+        """
+        return cls(block_size, n_selected_blocks=0, window=window, n_sinks=0, dense_len=window)
+
     def __post_init__(self) -> None:
         lowest = {"block_size": 1, "n_selected_blocks": 0, "window": 1, "n_sinks": 0, "dense_len": 0}
         for field in fields(self):
