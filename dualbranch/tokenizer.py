@@ -6,7 +6,8 @@ Everything that reads or writes text uses `Tokenizer`; `chat.py` puts the contro
 - `encode` never yields a control token. Text that holds the characters `<think>` or `<|end|>` is ordinary text, so a
   user can't forge a turn; only code that asks for `tok.control["<think>"]` gets the control token.
 
-Not here: chat templates (`chat.py`), tokenizers of public checkpoints.
+`TokenizerBase` is what all tokenizers share: decoding, streaming, files on disk. Not here: chat formats (`chat.py`), tokenizers of public
+checkpoints (`tokenizer_hf.py`).
 """
 
 import codecs
@@ -46,63 +47,111 @@ _RESERVED_IN_TRAINING = str.maketrans({_SPACE: " ", "\u2585": " ", "\0": " "})  
 _TRAINING_CHUNK = 1000  # characters; sentencepiece silently skips lines above `max_sentence_length` bytes
 
 
-class Tokenizer:
-    """Encodes and decodes text. Make one with `Tokenizer.load` or `Tokenizer.train`; immutable, picklable.
+class TokenizerBase:
+    """What every tokenizer offers; a subclass brings `encode`, and calls `_set_tokens` when it is built. Immutable, picklable.
 
     Attributes:
         vocab_size: number of ids; ids are in [0, vocab_size).
-        control: name -> id of each of `CONTROL_TOKENS`.
-        pad_id, bos_id, end_id: shorthands into `control`.
-        hash: sha256 (hex) of the model's bytes; two tokenizers with one hash are the same tokenizer.
-        model_bytes: the serialized sentencepiece model, as `save` writes it.
+        control: name -> id of each token that no text encodes to.
+        bos_id: starts a document. end_id: ends a reply. pad_id: fills up rows; no text and no turn holds it.
+        start_ids: what the model saw before every text; often `(bos_id,)`, often nothing.
+        chat_template: the checkpoint's own template text, to recognise its chat format by (`chat.chat_format`); it is never executed.
+        thinks: replies open with a decision to think or not, as those of our own models.
+        hash: sha256 (hex) of the files; two tokenizers with one hash are the same tokenizer.
     """
+
+    vocab_size: int
+    control: dict[str, int]
+    bos_id: int
+    end_id: int
+    pad_id: int
+    start_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+    thinks: bool = False
+    hash: str
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of plain text; never a control token. Raises ValueError if `text` isn't a str or holds surrogates."""
+        raise NotImplementedError
+
+    def files(self) -> dict[str, bytes]:
+        """File name -> content: what a checkpoint folder carries so that `tokenizer_hf.tokenizer_from_files` makes this tokenizer again."""
+        raise NotImplementedError
+
+    def _set_tokens(self, token_bytes: list[bytes], control: dict[str, int], unused: Iterable[int] = (), strips_space: bool = False) -> None:
+        """`token_bytes[i]`: what token i writes. `unused` ids write nothing. `strips_space`: the tokenizer puts a space before text of its own,
+        which decoding takes away again."""
+        self.vocab_size, self.control = len(token_bytes), control
+        # The bytes of each token: decoding is a join, and a stream equals the whole by construction.
+        self._token_bytes = token_bytes
+        self._control_ids = frozenset(control.values()) | frozenset(unused)
+        self._text_bytes = [b"" if i in self._control_ids else b for i, b in enumerate(token_bytes)]
+        self._strips_space = strips_space
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(vocab_size={self.vocab_size}, hash={self.hash[:12]})"
+
+    def save_files(self, folder: str | os.PathLike) -> None:
+        """Write `files` into `folder`, each by temporary name, flush and rename."""
+        for name, content in self.files().items():
+            _write(Path(folder) / name, content)
+
+    def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
+        """The text of `ids`. Control tokens vanish, or are spelled out with `skip_control=False`.
+
+        Bytes that aren't UTF-8 become U+FFFD, by Python's rule. Raises ValueError for an id outside the vocabulary.
+        """
+        table = self._text_bytes if skip_control else self._token_bytes
+        text = b"".join([table[self._check(i)] for i in ids])
+        return text[self._strips_space and text[:1] == b" " :].decode("utf-8", errors="replace")
+
+    def stream(self, skip_control: bool = True) -> "TokenStream":
+        """A decoder for ids that arrive one at a time; what it returns joins to `decode` of all ids."""
+        return TokenStream(self, skip_control)
+
+    def is_control(self, token: int) -> bool:
+        """Whether `token` is a control token, or one that writes nothing at all."""
+        return token in self._control_ids
+
+    def _check(self, token: int) -> int:
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token id {token} is outside the vocabulary [0, {self.vocab_size})")
+        return token
+
+
+class Tokenizer(TokenizerBase):
+    """The tokenizer of our own models. Make one with `Tokenizer.load` or `Tokenizer.train`.
+
+    `control` holds each of `CONTROL_TOKENS`; `model_bytes` is the serialized sentencepiece model, as `save` writes it.
+    """
+
+    thinks = True
 
     def __init__(self, model_bytes: bytes, source: str = "model"):
         """Build from a serialized sentencepiece model. `source` names it in errors.
 
         Raises ValueError if the bytes aren't a sentencepiece model, or one without our control tokens or byte pieces.
         """
-        if not model_bytes:
-            raise ValueError(f"{source}: the tokenizer file is empty")
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            loaded = self._processor.LoadFromSerializedProto(model_bytes)
-        except RuntimeError:
-            loaded = False
-        if not loaded:
-            raise ValueError(f"{source}: not a sentencepiece model ({len(model_bytes)} bytes)")
+        self._processor = load_processor(model_bytes, source)
         self.model_bytes = model_bytes
         self.hash = hashlib.sha256(model_bytes).hexdigest()
-        self.vocab_size: int = self._processor.GetPieceSize()
-        self.control = {name: i for i, name in enumerate(CONTROL_TOKENS)}
-        for name, i in self.control.items():
-            if i >= self.vocab_size or self._processor.IdToPiece(i) != name or not self._processor.IsControl(i):
+        n_pieces: int = self._processor.GetPieceSize()
+        control = {name: i for i, name in enumerate(CONTROL_TOKENS)}
+        for name, i in control.items():
+            if i >= n_pieces or self._processor.IdToPiece(i) != name or not self._processor.IsControl(i):
                 raise ValueError(
                     f"{source}: a sentencepiece model, but not one of dualbranch: token {i} must be the control token"
                     f" {name}; train one with Tokenizer.train"
                 )
-        self.pad_id = self.control["<pad>"]
-        self.bos_id = self.control["<bos>"]
-        self.end_id = self.control["<|end|>"]
-        self._control_ids = frozenset(self.control.values())
-        # The bytes of each token: decoding is a join, and a stream equals the whole by construction.
-        self._token_bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
-        self._text_bytes = [b"" if i in self._control_ids else b for i, b in enumerate(self._token_bytes)]
-        n_bytes = sum(self._processor.IsByte(i) for i in range(self.vocab_size))
+        self._set_tokens([piece_bytes(self._processor, i) for i in range(n_pieces)], control)
+        self.pad_id = control["<pad>"]
+        self.bos_id = control["<bos>"]
+        self.end_id = control["<|end|>"]
+        self.start_ids = (self.bos_id,)
+        n_bytes = sum(self._processor.IsByte(i) for i in range(n_pieces))
         if n_bytes != 256:
             raise ValueError(f"{source}: the model has {n_bytes} byte pieces, needed 256 (train with byte fallback)")
         self._literal_space_ids = [self._processor.PieceToId(f"<0x{b:02X}>") for b in _SPACE.encode()]
-
-    def _bytes_of(self, token: int) -> bytes:
-        piece = self._processor.IdToPiece(token)
-        if self._processor.IsByte(token):  # "<0x1F>"
-            return bytes([int(piece[3:5], 16)])
-        if self._processor.IsControl(token) or self._processor.IsUnknown(token):
-            return piece.encode()
-        return piece.replace(_SPACE, " ").encode()
-
-    def __repr__(self) -> str:
-        return f"Tokenizer(vocab_size={self.vocab_size}, hash={self.hash[:12]})"
 
     def __reduce__(self):
         return Tokenizer, (self.model_bytes,)
@@ -122,19 +171,12 @@ class Tokenizer:
             raise ValueError(f"{path}: no tokenizer there ({error.strerror or error})") from error
         return Tokenizer(model_bytes, source=str(path))
 
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.model": self.model_bytes}
+
     def save(self, path: str | os.PathLike) -> None:
-        """Write the model to `path` (temporary name, flush, rename)."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(self.model_bytes)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write the model to the file `path` (temporary name, flush, rename)."""
+        _write(Path(path), self.model_bytes)
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int, path: str | os.PathLike | None = None) -> "Tokenizer":
@@ -203,64 +245,87 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of plain text; never a control token. Raises ValueError if `text` isn't a str or holds surrogates."""
-        if not isinstance(text, str):
-            raise ValueError(f"encode got {type(text).__name__}, needed str")
-        try:
-            if _SPACE not in text:
-                return self._processor.EncodeAsIds(text)
-            ids: list[int] = []
-            for i, part in enumerate(text.split(_SPACE)):
-                if i:
-                    ids += self._literal_space_ids
-                ids += self._processor.EncodeAsIds(part)
-            return ids
-        except RuntimeError as error:
-            try:
-                text.encode()
-            except UnicodeEncodeError as cause:
-                raise ValueError(
-                    f"text is not valid Unicode: lone surrogate {text[cause.start]!r} at character {cause.start}"
-                ) from error
-            raise
-
-    def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
-        """The text of `ids`. Control tokens vanish, or are spelled out with `skip_control=False`.
-
-        Bytes that aren't UTF-8 become U+FFFD, by Python's rule. Raises ValueError for an id outside the vocabulary.
-        """
-        table = self._text_bytes if skip_control else self._token_bytes
-        return b"".join([table[self._check(i)] for i in ids]).decode("utf-8", errors="replace")
-
-    def stream(self, skip_control: bool = True) -> "TokenStream":
-        """A decoder for ids that arrive one at a time; what it returns joins to `decode` of all ids."""
-        return TokenStream(self, skip_control)
-
-    def is_control(self, token: int) -> bool:
-        return token in self._control_ids
-
-    def _check(self, token: int) -> int:
-        if not 0 <= token < self.vocab_size:
-            raise ValueError(f"token id {token} is outside the vocabulary [0, {self.vocab_size})")
-        return token
+        check_text(text)
+        if _SPACE not in text:
+            return self._processor.EncodeAsIds(text)
+        ids: list[int] = []
+        for i, part in enumerate(text.split(_SPACE)):
+            if i:
+                ids += self._literal_space_ids
+            ids += self._processor.EncodeAsIds(part)
+        return ids
 
 
 class TokenStream:
-    """Incremental decoder, from `Tokenizer.stream`. Holds back the bytes of a character until it is complete."""
+    """Incremental decoder, from `stream` of a tokenizer. Holds back the bytes of a character until it is complete."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_control: bool):
+    def __init__(self, tokenizer: TokenizerBase, skip_control: bool):
         self._tokenizer = tokenizer
         self._table = tokenizer._text_bytes if skip_control else tokenizer._token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._at_start = tokenizer._strips_space
 
     def push(self, token: int) -> str:
         """The characters that `token` completes, possibly none. Raises ValueError for an id outside the vocabulary."""
-        return self._decoder.decode(self._table[self._tokenizer._check(token)])
+        text = self._table[self._tokenizer._check(token)]
+        if self._at_start and text:
+            self._at_start = False
+            text = text[text[:1] == b" " :]
+        return self._decoder.decode(text)
 
     def flush(self) -> str:
         """What is left at the end (U+FFFD for a character that never got complete). The stream can then be reused."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
+        self._at_start = self._tokenizer._strips_space
         return text
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError if `text` isn't a str that UTF-8 can write."""
+    if not isinstance(text, str):
+        raise ValueError(f"encode got {type(text).__name__}, needed str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text is not valid Unicode: lone surrogate {text[error.start]!r} at character {error.start}") from error
+
+
+def load_processor(model_bytes: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
+    """sentencepiece's own object. Raises ValueError if the bytes aren't a model of its."""
+    if not model_bytes:
+        raise ValueError(f"{source}: the tokenizer file is empty")
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        loaded = processor.LoadFromSerializedProto(model_bytes)
+    except RuntimeError:
+        loaded = False
+    if not loaded:
+        raise ValueError(f"{source}: not a sentencepiece model ({len(model_bytes)} bytes)")
+    return processor
+
+
+def piece_bytes(processor: sentencepiece.SentencePieceProcessor, token: int) -> bytes:
+    """What a token of a sentencepiece model writes."""
+    piece = processor.IdToPiece(token)
+    if processor.IsByte(token):  # "<0x1F>"
+        return bytes([int(piece[3:5], 16)])
+    if processor.IsControl(token) or processor.IsUnknown(token):
+        return piece.encode()
+    return piece.replace(_SPACE, " ").encode()
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _training_lines(text: str) -> Iterator[str]:
