@@ -32,41 +32,72 @@ class GatingController(nn.Module):
         return torch.sigmoid(-self.need(x))
 
 
+#: Of a budget, at most this share of all tokens is kept for second looks; the gate has the rest, and never less than half.
+MOST_SECOND_LOOKS = 0.1
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """`thresholds[i]`: a token goes slow when `g < thresholds[i]`, which sent a share `budgets[i]` of held-out tokens slow.
+    """What a budget buys, and when to reason: thresholds measured on held-out text, stored in the checkpoint.
 
-    `budgets` ascend strictly inside (0, 1). `think_threshold`: the probability of `<think>` from which on `auto` reasons.
+    At budget `budgets[i]` a token goes slow when `g < thresholds[i]`. A *second look* is what the gate could not foresee: a decoded token that
+    went fast is computed once more, slow, when its likeliest successor has a probability below `confidences[i]` (empty = never). Together
+    they sent a share `budgets[i]` of held-out tokens slow. `budgets` ascend strictly inside (0, 1).
+
+    `think_threshold`: the probability of `<think>` from which on thinking auto reasons at once. Below it a reply begins without reasoning; if
+    `direct_confidence` is given and one of its tokens is less probable than that, it is dropped and the model reasons after all.
     """
 
     budgets: tuple[float, ...]
     thresholds: tuple[float, ...]
     default_budget: float = 0.3
     think_threshold: float = 0.5
+    confidences: tuple[float, ...] = ()
+    direct_confidence: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.budgets or len(self.budgets) != len(self.thresholds) or list(self.budgets) != sorted(set(self.budgets)):
-            raise ValueError("calibration needs ascending budgets with one threshold each; run the calibration stage again")
+        n = len(self.budgets)
+        if not n or len(self.thresholds) != n or len(self.confidences) not in (0, n) or list(self.budgets) != sorted(set(self.budgets)):
+            raise ValueError("calibration needs ascending budgets with one threshold (and confidence) each; run the calibration stage again")
         check_budget(self.default_budget)
 
-    def threshold(self, budget: float) -> float:
-        """The threshold for `budget` in [0, 1], linear between measured points; 0 sends nothing slow and 1 everything."""
-        check_budget(budget)
-        if budget in (0.0, 1.0):
-            return float("-inf") if budget == 0.0 else float("inf")
-        xs, ys = (0.0, *self.budgets, 1.0), (0.0, *self.thresholds, 1.0)
+    def threshold(self, budget: float | None = None) -> float:
+        """The gate's threshold for `budget` in [0, 1] (None = the default), linear between measured points; 0 sends nothing slow and 1 everything."""
+        budget = self.default_budget if budget is None else check_budget(budget)
+        return float("-inf") if budget == 0.0 else float("inf") if budget == 1.0 else self._between(budget, self.thresholds)
+
+    def confidence(self, budget: float | None = None) -> float:
+        """The confidence below which a decoded fast token gets a second look; 0 (never) at budget 0."""
+        budget = self.default_budget if budget is None else check_budget(budget)
+        return self._between(budget, self.confidences) if self.confidences and budget else 0.0
+
+    def _between(self, budget: float, values: tuple[float, ...]) -> float:
+        xs, ys = (0.0, *self.budgets, 1.0), (0.0, *values, 1.0)
         i = next(i for i in range(1, len(xs)) if budget <= xs[i])
         return ys[i - 1] + (ys[i] - ys[i - 1]) * (budget - xs[i - 1]) / (xs[i] - xs[i - 1])
 
     @staticmethod
-    def measure(g: Tensor, default_budget: float = 0.3) -> Calibration:
-        """From gate values `g (n,)` of held-out tokens."""
+    def measure(g: Tensor, confidence: Tensor | None = None, default_budget: float = 0.3) -> Calibration:
+        """From gate values `g (n,)` of held-out tokens and the fast branch's `confidence (n,)` in its prediction, 1 where nobody uses it.
+
+        Without `confidence` there are no second looks.
+        """
         budgets = tuple(round(0.05 * i, 2) for i in range(1, 20))
-        quantiles = torch.quantile(g.double().flatten().cpu(), torch.tensor(budgets, dtype=torch.float64))
-        return Calibration(budgets, tuple(quantiles.tolist()), default_budget)
+        g = g.double().flatten().cpu()
+        if confidence is None:
+            return Calibration(budgets, tuple(float(torch.quantile(g, b)) for b in budgets), default_budget)
+        confidence = confidence.double().flatten().cpu()
+        thresholds, confidences = [], []
+        for budget in budgets:
+            looks = min(budget / 2, MOST_SECOND_LOOKS)
+            thresholds.append(float(torch.quantile(g, budget - looks)))
+            fast = torch.where(g < thresholds[-1], 1.0, confidence)
+            confidences.append(float(torch.quantile(fast, looks)))
+        return Calibration(budgets, tuple(thresholds), default_budget, confidences=tuple(confidences))
 
 
-def check_budget(budget: float) -> None:
-    """Raises ValueError unless `budget` lies in [0, 1]."""
+def check_budget(budget: float) -> float:
+    """`budget`; raises ValueError unless it lies in [0, 1]."""
     if not 0.0 <= budget <= 1.0:
         raise ValueError(f"budget is {budget}; it is the share of tokens that may go slow and must lie in [0, 1]")
+    return budget

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from dualbranch.checkpoint import LoadedModel
     from dualbranch.tokenizer import Tokenizer
 
+#: The route of second looks.
+SLOW = resolve("think")
 #: Finished rows are taken out of a batch once fewer than this share of its rows is still running.
 COMPACT_BELOW = 0.75
 
@@ -47,10 +49,12 @@ class Generation:
     """A finished reply.
 
     `ids`: everything generated after `<|assistant|>`, the decision token first, `<|end|>` last if it came. `reply`: the same as text.
-    Counts: `n_prompt`; `n_think` tokens between the tags; `n_answer` tokens after the reasoning, without `<|end|>`.
+    Counts: `n_prompt`; `n_think` tokens between the tags; `n_answer` tokens after the reasoning, without `<|end|>`; `n_dropped` tokens of an
+    answer that was tried and dropped for reasoning; `n_second_looks` tokens computed fast, then slow. `confidence`: the lowest probability of
+    a token of an answer that was tried (None where none was).
     `use_slow[i]`: token i of prompt + ids went through the slow branch. The last generated token is never fed back, so there are
-    `n_prompt + len(ids) - 1`. `flops`: of the tokens computed for this reply, each by its own route and position; the first
-    `n_reused` tokens came from the cache and cost nothing.
+    `n_prompt + len(ids) - 1`. `flops`: of everything computed for this reply, dropped and repeated tokens included, each by its own route and
+    position; the first `n_reused` tokens came from the cache and cost nothing.
     """
 
     ids: list[int]
@@ -63,6 +67,9 @@ class Generation:
     thought: bool
     flops: float
     n_reused: int = 0
+    n_dropped: int = 0
+    n_second_looks: int = 0
+    confidence: float | None = None
 
     @property
     def answer(self) -> str:
@@ -107,10 +114,24 @@ class Pending:
     ids: list[int] = field(default_factory=list)
     use_slow: list[bool] = field(default_factory=list)  # of every token computed so far, reused ones first
     g: float | None = None  # gate value of the pass that produced the last token
+    n_dropped: int = 0
+    n_second_looks: int = 0
+    confidence: float | None = None
+    extra_flops: float = 0.0  # of tokens dropped, and of first looks
 
     @property
     def done(self) -> bool:
         return self.controller.phase is Phase.DONE
+
+    def reconsider(self, config: DualBranchConfig) -> None:
+        """Drops the answer tried so far and opens the reasoning instead. What the cache holds after the prompt is void. Mutates the sequence."""
+        n = len(self.prompt)
+        self.n_dropped += len(self.ids)
+        self.extra_flops += spent_flops(config, self.use_slow[n:], n)
+        self.use_slow = self.use_slow[:n]
+        self.controller.reconsider()
+        self.ids = [self.controller.forced()]
+        self.controller.advance(self.ids[0])
 
     def result(self, model: DualBranchModel, tok: Tokenizer) -> Generation:
         """The reply as it stands; also valid before it is done."""
@@ -118,10 +139,12 @@ class Pending:
         reason = "stop" if c.finished else "length" if self.done else "cancelled"
         flops = spent_flops(model.config, self.use_slow[self.n_reused :], self.n_reused)
         flops -= head_flops(model.config) * (len(self.prompt) - self.n_reused - 1)  # a prompt's logits are computed at its last token only
-        ids = list(self.ids)
+        flops += self.extra_flops
+        ids, use_slow = list(self.ids), list(self.use_slow)
         return Generation(
-            ids, split_reply(tok, ids), len(self.prompt), c.n_think, c.n_answer, reason, list(self.use_slow), c.thought, flops, self.n_reused
-        )
+            ids, split_reply(tok, ids), len(self.prompt), c.n_think, c.n_answer, reason, use_slow, c.thought, flops,
+            self.n_reused, self.n_dropped, self.n_second_looks, self.confidence,
+        )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -173,7 +196,7 @@ def start(model: DualBranchModel, tok: Tokenizer, prompts: Sequence[Sequence[int
     """
     rules = token_rules(tok, model.config.vocab_size)
     calibration = model.calibration
-    threshold = 0.5 if calibration is None else calibration.think_threshold
+    when_to_think = () if calibration is None else (calibration.think_threshold, calibration.direct_confidence)
     sequences = []
     for i, prompt in enumerate(prompts):
         prompt = list(prompt)
@@ -184,7 +207,7 @@ def start(model: DualBranchModel, tok: Tokenizer, prompts: Sequence[Sequence[int
             raise PromptTooLong(len(prompt), model.config.max_seq_len)
         if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             raise ValueError(f"prompt {i} holds token ids outside [0, {model.config.vocab_size}); was it made by another tokenizer?")
-        controller = ThinkingController(rules, mode, min(params.max_tokens, room), threshold)
+        controller = ThinkingController(rules, mode, min(params.max_tokens, room), *when_to_think)
         sequences.append(Pending(prompt, controller, torch.Generator().manual_seed((params.seed + i) % 2**63)))
     return sequences
 
@@ -194,8 +217,9 @@ def decode(
 ) -> Iterator[list[Pending]]:
     """Generates one token for every running sequence per step, and yields those that got one, until all are done.
 
-    Mutates the sequences. `cache`, if given, holds the first `n_reused` tokens of each prompt; it is advanced, never shrunk, and
-    holds everything but the token just chosen at each step. Without it one is made, and loses rows as sequences end.
+    An answer tried without reasoning and then dropped (`ThinkingController.doubts`) leaves `<think>` as the sequence's only token.
+    Mutates the sequences. `cache`, if given, holds the first `n_reused` tokens of each prompt; it is advanced, shrunk only where tokens are
+    dropped or computed again, and holds everything but the token just chosen at each step. Without it one is made, and loses rows as sequences end.
     """
     live = list(sequences)  # live[b] is row b of the cache
     own_cache = cache is None
@@ -206,14 +230,25 @@ def decode(
     n_new = [len(s.prompt) - s.n_reused for s in live]  # valid columns of each row of `out`
     while True:
         _record(out, live, n_new)
-        tokens = choose_tokens(out.logits[:, -1], live, banned, params)
-        stepped = []
-        for s, token in zip(live, tokens, strict=True):
+        logits = out.logits[:, -1]
+        if mode.route == "auto" and model.calibration is not None:
+            logits = look_again(model, live, logits, model.calibration.confidence(mode.budget), cache)
+        tokens = choose_tokens(logits, live, banned, params)
+        p = _probabilities(logits, tokens) if any(s.controller.trying for s in live) else [1.0] * len(live)
+        stepped, n_kept = [], cache.n_cached.clone()
+        for b, (s, token, p_token) in enumerate(zip(live, tokens, p, strict=True)):
             if s.done:
                 continue
-            s.ids.append(token)
-            s.controller.advance(token)
             stepped.append(s)
+            if s.controller.trying:
+                s.confidence = min(p_token, 1.0 if s.confidence is None else s.confidence)
+            if s.controller.doubts(p_token):
+                s.reconsider(model.config)
+                n_kept[b] = len(s.prompt)
+            else:
+                s.ids.append(token)
+                s.controller.advance(token)
+        cache.truncate(n_kept)
         yield stepped
         running = [not s.done for s in live]
         if not any(running):
@@ -224,6 +259,33 @@ def decode(
             live, running = [live[b] for b in index], [True] * len(index)
         out = decode_one_token(model, [s.ids[-1] for s in live], mode, cache, running)
         n_new = [int(r) for r in running]
+
+
+def _probabilities(logits: Tensor, tokens: Sequence[int] | Tensor) -> list[float]:
+    """Of each row's token, by the model alone: no temperature, no rules."""
+    chosen = torch.as_tensor(tokens, device=logits.device)[:, None]
+    return (logits.gather(1, chosen)[:, 0] - logits.logsumexp(-1)).exp().tolist()
+
+
+def look_again(model: DualBranchModel, live: Sequence[Pending], logits: Tensor, confidence: float, cache: KVCache) -> Tensor:
+    """`logits (B, V)`, those of newest tokens that went fast and leave the next one unsure computed again by the slow branch.
+
+    Unsure: the likeliest successor has a probability below `confidence`. Keys and values are overwritten by the slow ones. Where the next
+    token is forced, nothing is unsure. Mutates the sequences and the cache.
+    """
+    sure = _probabilities(logits, logits.argmax(-1)) if confidence > 0 else [1.0] * len(live)
+    again = [
+        p < confidence and not s.done and not s.use_slow[-1] and bool(s.ids) and s.controller.forced() is None for s, p in zip(live, sure, strict=True)
+    ]
+    if not any(again):
+        return logits
+    for s, a in zip(live, again, strict=True):
+        if a:
+            s.extra_flops += spent_flops(model.config, [False], len(s.use_slow) - 1)
+            s.use_slow[-1], s.n_second_looks = True, s.n_second_looks + 1
+    cache.truncate(cache.n_cached - torch.tensor(again, dtype=torch.int64))
+    slow = decode_one_token(model, [s.ids[-1] if s.ids else 0 for s in live], SLOW, cache, again)
+    return torch.where(torch.tensor(again, device=logits.device)[:, None], slow.logits[:, -1], logits)
 
 
 def _record(out: ModelOutput, live: Sequence[Pending], n_new: Sequence[int]) -> None:
@@ -298,16 +360,21 @@ def stream(
 
 
 def _events(model: DualBranchModel, tok: Tokenizer, pending: Pending, mode: Mode, params: SamplingParams, cache: KVCache | None) -> Iterator[Event]:
-    text = tok.stream()
+    text, held = tok.stream(), []  # events of an answer that may yet be dropped
     for _ in decode(model, [pending], mode, params, cache):
         token = pending.ids[-1]
+        if len(pending.ids) == 1:
+            text, held = tok.stream(), []
         closes = pending.controller.thought and token == pending.controller.rules.close
         phase = "think" if closes or pending.controller.phase is Phase.THINK else "answer"
         piece = text.push(token)
         if closes or pending.done:  # reasoning and answer are decoded apart, as in split_reply
             piece += text.flush()
         generation = pending.result(model, tok) if pending.done else None
-        yield Event(token, piece, phase, pending.use_slow[-1], pending.g, generation)
+        held.append(Event(token, piece, phase, pending.use_slow[-1], pending.g, generation))
+        if not pending.controller.trying:
+            yield from held
+            held = []
 
 
 def generate(

@@ -24,6 +24,8 @@ THINKING = ("on", "off", "auto")
 
 #: Most tokens kept back for the answer when reasoning would use up the room; a quarter of the room where that is less.
 ANSWER_RESERVE = 64
+#: Most tokens of an answer held back while it may still be dropped for reasoning; a longer one stands.
+MAX_TRIED = 64
 #: A reply is at least the decision to think or not and one answer token.
 MIN_ROOM = 2
 
@@ -140,25 +142,28 @@ class ThinkingController:
     """Holds one reply to its mode: DECIDE -> (THINK ->) ANSWER -> DONE.
 
     Before each token ask `forced` and, if it leaves the choice to the model, mask its logits by `rules.banned[rule]`; then `advance`.
+    With thinking auto and a `direct_confidence`, an answer without reasoning is at first only tried (`trying`): if `doubts(p)` of a token's
+    probability, call `reconsider` instead of `advance`, and the reply starts over with reasoning.
     `room`: most tokens of the whole reply, at least `MIN_ROOM`. Counts: `n_think` tokens between the tags, `n_answer` tokens after
     the reasoning without `<|end|>`. Guaranteed for any model: no reasoning with thinking off, `n_think <= thinking_budget`, at
     least one visible answer token, at most `room` tokens.
     """
 
-    def __init__(self, rules: TokenRules, mode: Mode, room: int, think_threshold: float = 0.5) -> None:
+    def __init__(self, rules: TokenRules, mode: Mode, room: int, think_threshold: float = 0.5, direct_confidence: float | None = None) -> None:
         assert room >= MIN_ROOM, f"room {room} is below {MIN_ROOM}"
-        self.rules, self.mode, self.think_threshold = rules, mode, think_threshold
+        self.rules, self.mode, self.think_threshold, self.direct_confidence = rules, mode, think_threshold, direct_confidence
         self.remaining = room
         self.answer_reserve = max(1, min(ANSWER_RESERVE, room // 4))
         self.n_think = self.n_answer = 0
         self.phase = Phase.DECIDE
         self.thought = self.finished = False  # opened a reasoning block; ended by <|end|>
+        self.trying = self.reconsidered = False  # answers without reasoning, for now; did so in vain
         self._has_text = self._call_open = False
 
     @property
     def undecided(self) -> bool:
         """Whether the next token is the model's own decision to think or not (thinking auto, and room for it)."""
-        return self.phase is Phase.DECIDE and self.mode.thinking == "auto" and self._may_think()
+        return self.phase is Phase.DECIDE and self.mode.thinking == "auto" and not self.reconsidered and self._may_think()
 
     def forced(self, p_think: float | None = None) -> int | None:
         """The token that comes next whatever the model prefers, or None. `p_think`, needed when `undecided`: P(<think>) against </think>."""
@@ -166,7 +171,7 @@ class ThinkingController:
             if self.undecided:
                 thinks = p_think >= self.think_threshold
             else:
-                thinks = self.mode.thinking == "on" and self._may_think()
+                thinks = (self.mode.thinking == "on" or self.reconsidered) and self._may_think()
             return self.rules.think if thinks else self.rules.close
         if self.phase is Phase.THINK:
             budget = self.mode.thinking_budget
@@ -188,9 +193,22 @@ class ThinkingController:
             return Rule.TEXT if self._call_open else Rule.OPENING
         return Rule.CALL if self._call_open else Rule.ANSWER
 
+    def doubts(self, p: float) -> bool:
+        """Whether an answer that is only tried must be dropped, its next token having the probability `p`."""
+        return self.trying and p < self.direct_confidence
+
+    def reconsider(self) -> None:
+        """Drops the answer tried so far: back to the decision, which now falls to reasoning. Mutates the controller."""
+        assert self.trying, "this reply is not a trial"
+        self.remaining += 1 + self.n_answer
+        self.n_answer, self.phase, self.trying, self.reconsidered = 0, Phase.DECIDE, False, True
+        self._has_text = self._call_open = False
+
     def advance(self, token: int) -> None:
         """Counts `token` as generated. Mutates the controller."""
         r = self.rules
+        if self.phase is Phase.DECIDE:
+            self.trying = self.undecided and token == r.close and self.direct_confidence is not None
         self.remaining -= 1
         if self.phase is Phase.DECIDE:
             self.thought = token == r.think
@@ -203,13 +221,14 @@ class ThinkingController:
         else:
             assert self.phase is Phase.ANSWER, "the reply has ended"
             if token == r.end:
-                self.phase, self.finished = Phase.DONE, True
+                self.phase, self.finished, self.trying = Phase.DONE, True, False
                 return
             self.n_answer += 1
+            self.trying = self.trying and self.n_answer < MAX_TRIED
             self._has_text = self._has_text or r.visible[token]
             self._call_open = token == r.call or (self._call_open and token != r.close_call)
         if self.remaining == 0:
-            self.phase = Phase.DONE
+            self.phase, self.trying = Phase.DONE, False
 
     def _may_think(self) -> bool:
         """A budget above 0, and room for <think>, one token, </think> and the reserve."""

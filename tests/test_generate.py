@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -99,6 +100,104 @@ def test_counts_add_up(tiny):
             assert len(g.ids) == tags + g.n_think + g.n_answer + g.reply.finished
             assert g.finish_reason == ("stop" if g.reply.finished else "length")
             assert g.reply == split_reply(tok, g.ids)
+
+
+# ---- second looks, and answers that are only tried
+
+
+def calibrated(tok, confidence: float = 0.0, **thresholds):
+    """A model of its own whose auto gives a second look below `confidence` at every budget."""
+    model = make_tiny_model(tok.vocab_size)
+    confidences = (confidence,) * len(model.calibration.budgets) if confidence else ()
+    model.calibration = dataclasses.replace(model.calibration, confidences=confidences, **thresholds)
+    return model
+
+
+def middle_confidence(model, tok) -> float:
+    """The median of the fast branch's confidence: a threshold that splits."""
+    with torch.no_grad():
+        return float(model(torch.tensor([prompts_of(tok)[3]]), "fast").logits.softmax(-1).amax(-1).median())
+
+
+def test_tokens_looked_at_twice_are_those_of_a_run_in_which_they_went_slow(tiny):
+    model, tok = tiny
+    model = calibrated(tok, middle_confidence(model, tok))
+    mode = resolve("auto", budget=0.2, thinking="on")
+    looks = 0
+    for prompt in prompts_of(tok):
+        (g,) = generate_batch(model, tok, [prompt], mode, SamplingParams(max_tokens=40))
+        assert g.ids == cold_reply(model, tok, prompt, mode, 40, routes=g.use_slow)
+        with torch.no_grad():
+            gated = model(torch.tensor([prompt + g.ids[:-1]]), "auto", budget=0.2).use_slow[0]
+        assert g.use_slow[: g.n_prompt] == gated[: g.n_prompt].tolist()  # a prompt gets no second look
+        want = sum(token_flops(model.config, float(slow), n) for n, slow in enumerate(g.use_slow))
+        want -= (g.n_prompt - 1) * 2 * model.config.vocab_size * model.config.d_model
+        first_look = token_flops(model.config, 0.0, g.n_prompt)
+        assert g.flops - want == pytest.approx(g.n_second_looks * first_look, rel=0.1)
+        assert g.n_second_looks <= sum(g.use_slow)
+        looks += g.n_second_looks
+    assert looks > 20
+
+
+def test_confidence_zero_looks_at_nothing_and_one_at_every_fast_token(tiny):
+    tok = tiny[1]
+    for confidence, slow in ((0.0, False), (1.1, True)):
+        model = calibrated(tok, confidence)
+        model.calibration = dataclasses.replace(model.calibration, thresholds=(-1.0,) * len(model.calibration.thresholds))  # the gate sends nothing
+        (g,) = generate_batch(model, tok, prompts_of(tok)[:1], resolve("auto", budget=0.95, thinking="off"), SamplingParams(max_tokens=20))
+        assert g.use_slow[g.n_prompt :] == [slow] * (len(g.ids) - 1)
+        assert g.n_second_looks == slow * (len(g.ids) - 1)
+
+
+def test_doubted_answers_give_way_to_reasoning_and_are_paid_for(tiny):
+    tok = tiny[1]
+    params = SamplingParams(max_tokens=40)
+    model = calibrated(tok, think_threshold=1.1, direct_confidence=1.1)  # always tries, always doubts
+    tried = generate_batch(model, tok, prompts_of(tok), "auto", params)
+    thinking = generate_batch(model, tok, prompts_of(tok), resolve("auto", thinking="on"), params)
+    for a, b in zip(tried, thinking, strict=True):
+        assert (a.ids, a.use_slow, a.thought, a.n_think, a.n_answer) == (b.ids, b.use_slow, b.thought, b.n_think, b.n_answer)
+        assert a.n_dropped == 1 and b.n_dropped == 0  # the decision token: the answer's first token was doubted
+        fast, slow = (token_flops(model.config, route, a.n_prompt) for route in (0.0, 1.0))
+        assert any(a.flops - b.flops == pytest.approx(cost, rel=1e-6) for cost in (fast, slow))
+
+
+def test_answers_nobody_doubts_are_those_given_without_reasoning(tiny):
+    tok = tiny[1]
+    params = SamplingParams(max_tokens=40)
+    model = calibrated(tok, think_threshold=1.1, direct_confidence=0.0)
+    tried = generate_batch(model, tok, prompts_of(tok), "auto", params)
+    direct = generate_batch(model, tok, prompts_of(tok), resolve("auto", thinking="off"), params)
+    assert [dataclasses.replace(g, confidence=None) for g in tried] == direct
+    assert all(0 < g.confidence < 1 for g in tried)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_second_looks_and_trials_are_the_same_in_a_batch_alone_and_streamed(tiny, temperature):
+    tok = tiny[1]
+    model = calibrated(tok, middle_confidence(tiny[0], tok), think_threshold=1.1)
+    prompts = prompts_of(tok)
+    params = [SamplingParams(max_tokens=40, temperature=temperature, seed=3 + i) for i in range(len(prompts))]
+    sure = sorted(g.confidence for g in generate_batch(calibrated(tok, think_threshold=1.1, direct_confidence=0.0), tok, prompts, "auto", params[0]))
+    model.calibration = dataclasses.replace(model.calibration, direct_confidence=sure[len(sure) // 2])
+    batch = generate_batch(model, tok, prompts, "auto", params[0])
+    alone = [generate_batch(model, tok, [p], "auto", x)[0] for p, x in zip(prompts, params, strict=True)]
+    assert [(g.ids, g.use_slow, g.n_dropped) for g in batch] == [(g.ids, g.use_slow, g.n_dropped) for g in alone]
+    assert {g.n_dropped > 0 for g in batch} == {True, False} and sum(g.n_second_looks for g in batch) > 0
+    for prompt, x, g in zip(prompts, params, alone, strict=True):
+        events = list(stream(model, tok, prompt, "auto", x))
+        assert [e.token for e in events] == g.ids and events[-1].generation == g  # nothing dropped is ever shown
+        assert "".join(e.piece for e in events if e.phase == "answer") == g.answer
+
+
+def test_a_conversation_goes_on_after_dropped_answers_as_if_they_had_never_been(tiny):
+    model, tok = tiny
+    model = calibrated(tok, middle_confidence(model, tok), think_threshold=1.1, direct_confidence=1.1)
+    conversation = Conversation(LoadedModel(model, tok))
+    for text in TEXTS[:3]:
+        g = conversation.send(text, "auto", SamplingParams(max_tokens=24))
+        prompt = conversation.ids[: g.n_prompt]
+        assert g.n_dropped and g.ids == cold_reply(model, tok, prompt, resolve("auto", thinking="on"), 24, routes=g.use_slow)
 
 
 # ---- batches

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dualbranch import DualBranchConfig, DualBranchModel
 from dualbranch.cache import CacheFull
-from dualbranch.gate import Calibration
+from dualbranch.gate import MOST_SECOND_LOOKS, Calibration
 from kernels import SparseSpec
 
 SPARSE = SparseSpec(block_size=4, n_selected_blocks=2, window=8, n_sinks=2, dense_len=12)
@@ -139,6 +139,20 @@ def test_budget_zero_is_all_fast_and_one_is_all_slow():
     assert torch.equal(model(t, "auto", budget=1.0).logits, model(t, "slow").logits)
     shares = [float(model(t, "auto", budget=b).use_slow.float().mean()) for b in (0.1, 0.3, 0.5, 0.9)]
     assert shares == pytest.approx([0.1, 0.3, 0.5, 0.9], abs=0.06), shares
+
+
+@torch.no_grad()
+def test_gate_and_second_looks_share_the_budget():
+    generator = torch.Generator().manual_seed(0)
+    g, confidence = torch.rand(4000, generator=generator), torch.rand(4000, generator=generator)
+    c = Calibration.measure(g, confidence)
+    for budget in (0.1, 0.3, 0.5, 0.9):
+        gated = g < c.threshold(budget)
+        again = ~gated & (confidence < c.confidence(budget))
+        assert float((gated | again).float().mean()) == pytest.approx(budget, abs=0.002)
+        assert float(again.float().mean()) == pytest.approx(min(budget / 2, MOST_SECOND_LOOKS), abs=0.002)
+    assert c.confidence(0.0) == 0.0 and c.threshold(1.0) == float("inf")
+    assert Calibration.measure(g).confidence(0.5) == 0.0
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualbranch.chat import split_reply
-from dualbranch.modes import MIN_ROOM, MODES, Phase, Rule, ThinkingController, resolve, token_rules
+from dualbranch.modes import MAX_TRIED, MIN_ROOM, MODES, Phase, Rule, ThinkingController, resolve, token_rules
 
 
 def play(tok, mode, room: int, seed: int, p_control: float = 0.5, p_think: float | None = 0.7):
@@ -95,6 +95,34 @@ def test_auto_decides_by_the_threshold(tiny):
         controller = ThinkingController(rules, MODES["auto"], 100, think_threshold=threshold)
         assert controller.undecided
         assert controller.forced(p) == (rules.think if thinks else rules.close)
+
+
+def test_a_tried_answer_is_dropped_at_the_first_doubt_and_its_room_given_back(tiny):
+    rules = token_rules(tiny[1], tiny[1].vocab_size)
+    text = tiny[1].encode("a")[0]
+    c = ThinkingController(rules, MODES["auto"], 100, think_threshold=0.5, direct_confidence=0.9)
+    c.advance(c.forced(0.4))
+    assert c.trying and not c.doubts(0.9) and c.doubts(0.89)
+    c.advance(text)
+    c.reconsider()
+    assert (c.remaining, c.n_answer, c.trying, c.undecided, c.forced()) == (100, 0, False, False, rules.think)
+    c.advance(rules.think)
+    assert c.thought and c.phase is Phase.THINK
+
+
+def test_a_long_answer_stands_and_other_modes_try_nothing(tiny):
+    rules = token_rules(tiny[1], tiny[1].vocab_size)
+    text = tiny[1].encode("a")[0]
+    c = ThinkingController(rules, MODES["auto"], 500, direct_confidence=0.9)
+    c.advance(c.forced(0.0))
+    for _ in range(MAX_TRIED):
+        assert c.trying
+        c.advance(text)
+    assert not c.trying and not c.doubts(0.0)
+    for mode, threshold in ((resolve("auto", thinking="off"), 0.9), (resolve("auto", thinking="on"), 0.9), (MODES["auto"], None)):
+        c = ThinkingController(rules, mode, 500, direct_confidence=threshold)
+        c.advance(c.forced(0.0 if c.undecided else None))
+        assert not c.trying
 
 
 def test_rules_allow_text_everywhere_but_at_the_decision(tiny):

@@ -315,10 +315,18 @@ def test_learning_rate_warms_up_holds_and_decays():
     assert factors[0] == pytest.approx(0.1) and max(factors) == 1.0 and factors[40] == 1.0 and 0 < factors[-1] <= 0.021
 
 
-def test_think_threshold_answers_directly_as_many_as_the_allowed_errors_let_it():
-    p, right = [0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.9], [True, True, False, True, False, True, False]
-    assert stages.think_threshold(p, right, 0.0) == pytest.approx(0.25)
-    assert stages.think_threshold(p, right, 1 / 7) == pytest.approx(0.45)
-    assert stages.think_threshold(p, right, 2 / 7) == pytest.approx(0.7)
-    assert stages.think_threshold(p, right, 1.0) == pytest.approx(0.95)
-    assert stages.think_threshold([0.2], [False], 0.0) == 0.0
+def test_doubt_threshold_keeps_as_many_answers_as_the_allowed_errors_let_it():
+    doubt, right = [0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.9], [True, True, False, True, False, True, False]
+    assert stages.doubt_threshold(doubt, right, 0.0) == pytest.approx(0.25)
+    assert stages.doubt_threshold(doubt, right, 1 / 7) == pytest.approx(0.45)
+    assert stages.doubt_threshold(doubt, right, 2 / 7) == pytest.approx(0.7)
+    assert stages.doubt_threshold(doubt, right, 1.0) == pytest.approx(0.95)
+    assert stages.doubt_threshold([0.2], [False], 0.0) == 0.0
+
+
+def test_only_hopeless_trials_are_left_out():
+    p, kept = [0.1, 0.2, 0.6, 0.7, 0.9, 0.95], [True, True, True, False, False, False]
+    assert stages.worth_trying(p, kept, lost=0.0) == 0.7  # all that would be kept is tried
+    assert stages.worth_trying(p, kept, lost=0.34) == 0.6  # one of three is given up
+    assert stages.worth_trying(p, [False] * 6) == 0.1
+    assert stages.worth_trying(p, [True] * 6, lost=0.0) == 1.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -124,9 +125,9 @@ def assess(model: DualBranchModel, tok: Tokenizer, data: BatchSource, n: int, pa
     log({"stage": "assess", "step": 0, "n_problems": n, "needs_thinking": sum(wrong) / max(1, n)})
 
 
-def direct_answers(model: DualBranchModel, tok: Tokenizer, problems: list[Problem], mode: str = "think") -> list[bool]:
-    """Whether each problem is answered correctly without reasoning, greedy, by the route of `mode`."""
-    mode, params = resolve(mode, thinking="off"), SamplingParams(max_tokens=96)
+def direct_answers(model: DualBranchModel, tok: Tokenizer, problems: list[Problem]) -> list[bool]:
+    """Whether each problem is answered correctly without reasoning, greedy, by the slow route."""
+    mode, params = resolve("think", thinking="off"), SamplingParams(max_tokens=96)
     right: list[bool] = []
     size = 256 if model.device.type == "cpu" else 2048
     for i in range(0, len(problems), size):
@@ -206,8 +207,9 @@ def choose_route(config: RunConfig, step: int, rows: Rows, student: DualBranchMo
 
 
 @torch.no_grad()
-def gate_examples(model: DualBranchModel, tok: Tokenizer, rows: Rows) -> tuple[Tensor, Tensor]:
-    """From the model's own two runs: stem output `(n, E)` and KL(slow || fast) `(n,)` of every real token.
+def gate_examples(model: DualBranchModel, tok: Tokenizer, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """From the model's own two runs, of every real token: stem output `(n, E)`, KL(slow || fast) `(n,)`, and the fast branch's confidence
+    `(n,)`, the probability of its likeliest successor (1 where nobody uses the prediction).
 
     A token whose own prediction nobody uses (a prompt's) has nothing to gain: its KL counts as zero. Measured: sending prompts slow
     changes what is read from their keys so little that the same budget spent on replies closes 88 % instead of 59 % of the gap.
@@ -219,8 +221,9 @@ def gate_examples(model: DualBranchModel, tok: Tokenizer, rows: Rows) -> tuple[T
     fast = model(rows.tokens, "fast", doc_start=rows.doc_start).logits.flatten(0, 1)
     used = (rows.loss_weights > 0) | decides(tok, rows)
     kl = torch.where(used.flatten(), token_kl(slow, fast), 0.0)
+    confidence = torch.where(used.flatten(), fast.softmax(-1).amax(-1), 1.0)
     real = (rows.tokens != tok.pad_id).flatten()
-    return stem["x"][real], kl[real]
+    return stem["x"][real], kl[real], confidence[real]
 
 
 def decides(tok: Tokenizer, rows: Rows) -> Tensor:
@@ -231,7 +234,7 @@ def decides(tok: Tokenizer, rows: Rows) -> Tensor:
 def train_gate(config: RunConfig, tok: Tokenizer, model: DualBranchModel, log: Log) -> None:
     """Fits the gate to predict log KL(slow || fast) from the stem, then calibrates it on held-out rows. Mutates `model`."""
     c, rng = config.gate, torch.Generator().manual_seed(config.seed)
-    x, kl = collect(model, tok, source(config, tok, purpose=2), c.rows)
+    x, kl, _ = collect(model, tok, source(config, tok, purpose=2), c.rows)
     target = (kl + 1e-4).log()
     target = (target - target.mean()) / target.std().clamp(min=1e-6)
     gate = model.gate
@@ -250,14 +253,14 @@ def train_gate(config: RunConfig, tok: Tokenizer, model: DualBranchModel, log: L
         gate_loss.backward()
         optimizer.step()
         log({"stage": "gate", "step": step, "loss": float(gate_loss.detach())})
-    held_out, _ = collect(model, tok, source(config, tok, "valid", purpose=3), c.calibration_rows)
+    held_out, _, confidence = collect(model, tok, source(config, tok, "valid", purpose=3), c.calibration_rows)
     with torch.no_grad():
-        model.calibration = Calibration.measure(gate(held_out), c.default_budget)
-    model.calibration = dataclasses.replace(model.calibration, think_threshold=calibrate_thinking(config, tok, model, log))
+        model.calibration = Calibration.measure(gate(held_out), confidence, c.default_budget)
+    model.calibration = calibrate_thinking(config, tok, model, log)
 
 
-def calibrate_thinking(config: RunConfig, tok: Tokenizer, model: DualBranchModel, log: Log) -> float:
-    """The P(`<think>`) from which on `auto` reasons, measured on held-out problems as `auto` runs them: routed, greedy."""
+def calibrate_thinking(config: RunConfig, tok: Tokenizer, model: DualBranchModel, log: Log) -> Calibration:
+    """`model.calibration` with the thresholds of deciding to reason, measured on held-out problems as `auto` runs them: routed, greedy."""
     c, data = config.gate, source(config, tok, "valid", purpose=5)
     problems = [data.problem(random.Random(f"thinking:{config.seed}:{i}")) for i in range(c.n_problems)]
     prompts = [render_prompt(tok, [{"role": "user", "content": p.prompt}]) for p in problems]
@@ -266,29 +269,46 @@ def calibrate_thinking(config: RunConfig, tok: Tokenizer, model: DualBranchModel
         part = prompts[i : i + 128]
         logits = prefill(model, part, resolve("auto"), model.new_cache(len(part), max(map(len, part)))).logits[:, -1]
         p_think += torch.sigmoid(logits[:, tok.control["<think>"]] - logits[:, tok.control["</think>"]]).tolist()
-    right = direct_answers(model, tok, problems, "auto")
-    threshold = think_threshold(p_think, right, c.direct_errors)
-    direct = [ok for p, ok in zip(p_think, right, strict=True) if p < threshold]
-    log({"stage": "thinking", "step": 0, "threshold": threshold, "direct": len(direct) / max(1, len(right)), "direct_right": sum(direct) / max(1, len(direct))})
-    return threshold
+    measured = model.calibration
+    model.calibration = dataclasses.replace(measured, think_threshold=math.inf, direct_confidence=0.0)  # tries everything, drops nothing
+    replies = generate_batch(model, tok, prompts, resolve("auto"), SamplingParams(max_tokens=96))
+    doubt = [1.0 - r.confidence for r in replies]
+    right = [verify(p, r.answer) for p, r in zip(problems, replies, strict=True)]
+    least_doubt = doubt_threshold(doubt, right, c.direct_errors)
+    kept = [d < least_doubt for d in doubt]
+    found = dataclasses.replace(measured, think_threshold=worth_trying(p_think, kept), direct_confidence=1.0 - least_doubt)
+    shares = {"direct": sum(kept) / max(1, len(kept)), "direct_right": sum(right) / max(1, len(right))}
+    log({"stage": "thinking", "step": 0, "think_threshold": found.think_threshold, "direct_confidence": found.direct_confidence, **shares})
+    return found
 
 
-def think_threshold(p_think: list[float], direct_right: list[bool], errors: float) -> float:
-    """The highest threshold below which at most `errors * n` of the n problems are wrong when answered directly; midway between problems."""
-    ranked = sorted(zip(p_think, direct_right, strict=True))
+def doubt_threshold(doubt: list[float], right: list[bool], errors: float) -> float:
+    """The highest threshold of doubt below which at most `errors * n` of the n answers are wrong; midway between answers."""
+    ranked = sorted(zip(doubt, right, strict=True))
     allowed, threshold = errors * len(ranked), 0.0
-    for i, (p, right) in enumerate(ranked):
-        allowed -= not right
+    for i, (d, ok) in enumerate(ranked):
+        allowed -= not ok
         if allowed < 0:
             break
         above = ranked[i + 1][0] if i + 1 < len(ranked) else 1.0
-        if above > p:
-            threshold = (p + above) / 2
+        if above > d:
+            threshold = (d + above) / 2
     return threshold
 
 
-def collect(model: DualBranchModel, tok: Tokenizer, data: BatchSource, n_rows: int) -> tuple[Tensor, Tensor]:
-    """`gate_examples` over `n_rows` rows: stem outputs `(n, E)` and KL `(n,)`."""
+def worth_trying(p_think: list[float], kept: list[bool], lost: float = 0.02) -> float:
+    """The lowest P(`<think>`) from which on at most a share `lost` of the direct answers that would be kept is never tried."""
+    allowed, threshold = lost * sum(kept), 1.0
+    for p, k in sorted(zip(p_think, kept, strict=True), reverse=True):
+        allowed -= k
+        if allowed < 0:
+            break
+        threshold = p
+    return threshold
+
+
+def collect(model: DualBranchModel, tok: Tokenizer, data: BatchSource, n_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`gate_examples` over `n_rows` rows."""
     batches = (data.batch(i, n_rows=min(16, n_rows)).map(lambda x: x.to(model.device)) for i in range(-(-n_rows // 16)))
     parts = [gate_examples(model, tok, rows) for rows in batches]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
