@@ -47,7 +47,7 @@ class RopeScaling:
         if not 2 <= self.original_max_seq_len <= LIMITS["max_seq_len"]:
             raise ValueError(f"rope_scaling.original_max_seq_len is {self.original_max_seq_len}; it must lie in [2, {LIMITS['max_seq_len']}]")
         if self.kind == "llama3" and not self.high_freq_factor > self.low_freq_factor > 0:
-            raise ValueError(f"rope_scaling.high_freq_factor ({self.high_freq_factor}) must exceed low_freq_factor ({self.low_freq_factor}), which must exceed 0")
+            raise ValueError(f"rope_scaling.high_freq_factor ({self.high_freq_factor}) must exceed low_freq_factor ({self.low_freq_factor}), and that 0")
         if self.kind == "yarn" and not (self.beta_fast > 0 and self.beta_slow > 0):
             raise ValueError(f"rope_scaling.beta_fast ({self.beta_fast}) and beta_slow ({self.beta_slow}) must exceed 0")
         if self.attention_factor is not None and not 0 < self.attention_factor <= 1e3:

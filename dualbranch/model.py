@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dualbranch import accounting
 from dualbranch.block import Block
@@ -35,6 +36,16 @@ class ModelOutput:
     use_slow: Tensor | None
 
 
+class _SkipInit(TorchFunctionMode):
+    """Modules made inside keep parameters as they come. (On the meta device, `normal_` alone would import all of torch._dynamo.)"""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 class DualBranchModel(nn.Module):
     """A decoder whose dual blocks compute each token in a fast or a slow branch. `config.is_dense`: a conventional decoder."""
 
@@ -50,6 +61,12 @@ class DualBranchModel(nn.Module):
         self.gate = None if config.is_dense else GatingController(config)
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    @classmethod
+    def without_weights(cls, config: DualBranchConfig) -> DualBranchModel:
+        """A model whose parameters have shapes but no storage, made in no time; give it weights by `load_state_dict(weights, assign=True)`."""
+        with torch.device("meta"), _SkipInit():
+            return cls(config)
 
     def init_weights(self, seed: int) -> None:
         """Normal(0, 1/sqrt(fan_in)) matrices, residual outputs scaled by 1/sqrt(2 L) (GPT-2), small embeddings. Same seed, same weights."""
