@@ -144,7 +144,11 @@ def _thinking(tok: TokenizerBase, template: str) -> ThinkingFormat | None:
     if "enable_thinking" not in template:
         return None
     line, blank = tok.encode("\n"), tok.encode("\n\n")  # Qwen 3: lines of their own, and an empty block where it doesn't think
-    return ThinkingFormat((think, *line), (close, *blank), (think, *blank, close, *blank))
+    found = ThinkingFormat((think, *line), (close, *blank), (think, *blank, close, *blank))
+    if found.decision is None:
+        warnings.warn("the tokenizer writes a blank line as two tokens: an empty reasoning block can't be told from a beginning, thinking is off", stacklevel=3)
+        return None
+    return found
 
 
 def _default_system(template: str) -> str | None:

@@ -31,8 +31,9 @@ from dualbranch.tokenizer import Tokenizer, TokenizerBase
 if TYPE_CHECKING:
     from dualbranch.model import DualBranchModel
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
-CHECKPOINT_FILES = ("config.json", "model.safetensors", *TOKENIZER_FILES, "calibration.json")
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.model", "calibration.json")
+PUBLIC_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+"""What a checkpoint with a public model's tokenizer carries besides, or instead of, `tokenizer.model`."""
 FINAL_STAGES = ("gate", "student")
 """Folders of a run that may hold its final student, the most finished first."""
 
@@ -133,7 +134,7 @@ def save_checkpoint(
         write_text(temporary / "calibration.json", json.dumps(to_dict(model.calibration), indent=1) + "\n")
     _write_manifest(temporary, _FORMAT, extra)
     if folder.is_dir() and not (folder / "manifest.json").exists():  # nothing to replace: move in, the manifest last
-        for name in (*CHECKPOINT_FILES, "manifest.json"):
+        for name in (*CHECKPOINT_FILES, *PUBLIC_TOKENIZER_FILES, "manifest.json"):
             if (temporary / name).exists():
                 os.replace(temporary / name, folder / name)
             else:
@@ -214,8 +215,8 @@ def _load_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | 
     if "calibration.json" in manifest["files"]:
         calibration = _read_schema(folder, manifest, "calibration.json", Calibration)
     try:
-        files = {name: _read_verified(folder, manifest, name, _MAX_TOKENIZER) for name in TOKENIZER_FILES if name in manifest["files"]}
-        tokenizer = _tokenizer(files)
+        names = [name for name in ("tokenizer.model", *PUBLIC_TOKENIZER_FILES) if name in manifest["files"]]
+        tokenizer = _tokenizer({name: _read_verified(folder, manifest, name, _MAX_TOKENIZER) for name in names})
         _check_vocab(config, tokenizer)
     except CheckpointError:
         raise
@@ -761,7 +762,7 @@ def _link_others(source: Path, target: Path) -> None:
             shutil.copy2(a, b, follow_symlinks=False)
 
     for path in source.iterdir():
-        if path.name in (*CHECKPOINT_FILES, "manifest.json") or path.name.endswith(".tmp"):
+        if path.name in (*CHECKPOINT_FILES, *PUBLIC_TOKENIZER_FILES, "manifest.json") or path.name.endswith(".tmp"):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, target / path.name, symlinks=True, copy_function=link)

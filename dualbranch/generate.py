@@ -20,7 +20,7 @@ from dualbranch.cache import KVCache
 from dualbranch.chat import Reply, render_prompt, split_reply
 from dualbranch.config import DualBranchConfig
 from dualbranch.model import DualBranchModel, ModelOutput
-from dualbranch.modes import MIN_ROOM, Mode, Phase, Rule, ThinkingController, resolve, token_rules
+from dualbranch.modes import MIN_ROOM, Mode, Phase, Rule, ThinkingController, fitted, resolve, token_rules
 from dualbranch.sampling import GREEDY, SamplingParams, sample
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def choose_tokens(logits: Tensor, sequences: Sequence[Pending], banned: Tensor, 
     p_think = [None] * len(sequences)
     if any(s.controller.undecided for s in sequences):
         r = sequences[0].controller.rules
-        p_think = torch.sigmoid(logits[:, r.think] - logits[:, r.close]).tolist()
+        p_think = torch.sigmoid(logits[:, r.think] - logits[:, r.skip]).tolist()
     rules = torch.tensor([Rule.ANSWER if s.done else s.controller.rule for s in sequences], device=logits.device)
     tokens = sample(logits.masked_fill(banned[rules], float("-inf")), params, [s.generator for s in sequences]).tolist()
     forced = [s.controller.forced(p) for s, p in zip(sequences, p_think, strict=True)]
@@ -194,7 +194,9 @@ def start(model: DualBranchModel, tok: Tokenizer, prompts: Sequence[Sequence[int
 
     Raises ValueError for an empty prompt or an id outside the vocabulary, and PromptTooLong.
     """
-    rules = token_rules(tok, model.config.vocab_size)
+    rules, mode = token_rules(tok, model.config.vocab_size), fitted(mode, tok)
+    if params.max_tokens < rules.min_room:
+        raise ValueError(f"max_tokens is {params.max_tokens}; a reply of this model needs at least {rules.min_room}")
     calibration = model.calibration
     when_to_think = () if calibration is None else (calibration.think_threshold, calibration.direct_confidence)
     sequences = []
@@ -203,7 +205,7 @@ def start(model: DualBranchModel, tok: Tokenizer, prompts: Sequence[Sequence[int
         if not prompt:
             raise ValueError(f"prompt {i} is empty; it needs at least <bos> (render_prompt makes one from messages)")
         room = model.config.max_seq_len - len(prompt)
-        if room < MIN_ROOM:
+        if room < rules.min_room:
             raise PromptTooLong(len(prompt), model.config.max_seq_len)
         if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             raise ValueError(f"prompt {i} holds token ids outside [0, {model.config.vocab_size}); was it made by another tokenizer?")
@@ -367,7 +369,7 @@ def _events(model: DualBranchModel, tok: Tokenizer, pending: Pending, mode: Mode
             text, held = tok.stream(), []
         closes = pending.controller.thought and token == pending.controller.rules.close
         phase = "think" if closes or pending.controller.phase is Phase.THINK else "answer"
-        piece = text.push(token)
+        piece = "" if pending.controller.framing else text.push(token)
         if closes or pending.done:  # reasoning and answer are decoded apart, as in split_reply
             piece += text.flush()
         generation = pending.result(model, tok) if pending.done else None
@@ -400,7 +402,8 @@ def generate(
     if unknown:
         raise ValueError(f"unknown setting {min(unknown)!r}; sampling settings are {', '.join(SamplingParams.__dataclass_fields__)}")
     ids = prompt_ids(loaded.tokenizer, prompt)
-    (generation,) = generate_batch(loaded.model, loaded.tokenizer, [ids], resolve(mode, route, thinking, budget, thinking_budget), SamplingParams(**sampling))
+    mode = fitted(resolve(mode, route, thinking, budget, thinking_budget), loaded.tokenizer, asked=thinking == "on")
+    (generation,) = generate_batch(loaded.model, loaded.tokenizer, [ids], mode, SamplingParams(**sampling))
     return generation
 
 

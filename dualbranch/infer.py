@@ -21,7 +21,7 @@ import torch
 from dualbranch.conversation import Conversation
 from dualbranch.gate import check_budget
 from dualbranch.generate import Event, Generation, prompt_ids, stream
-from dualbranch.modes import MODES, ROUTES, THINKING, Mode, resolve
+from dualbranch.modes import MODES, ROUTES, THINKING, Mode, fitted, resolve
 from dualbranch.sampling import SamplingParams
 from kernels.backend import BACKENDS, set_backend
 
@@ -62,7 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
         "  auto   the gate decides per token, the model decides whether to reason",
     )
     p.add_argument("--mode", default="auto", choices=list(MODES), help="preset of --route and --thinking (default: auto)")
-    p.add_argument("--model", metavar="PATH_OR_NAME", help="a run, by name or folder, or a checkpoint folder (default: the newest run under runs/)")
+    what = "a run or checkpoint, a Hugging Face folder, a .gguf file, or the name of a public model (default: the newest run under runs/)"
+    p.add_argument("--model", metavar="PATH_OR_NAME", help=what)
+    p.add_argument("--accept-gemma-terms", action="store_true", help="accept https://ai.google.dev/gemma/terms, needed once to fetch gemma3-270m")
     p.add_argument("--prompt", metavar="TEXT", help="reply to this and exit; - reads stdin")
     p.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
     p.add_argument("--device", metavar="DEVICE", help="cpu, cuda, ... (default: cuda where there is one)")
@@ -122,7 +124,10 @@ def run(args: argparse.Namespace) -> int:
     if text is None and args.json:
         raise ValueError("--json needs a prompt; give --prompt TEXT, or pipe text in")
     set_backend(args.backend)
-    loaded, name = load_model(args.model, args.device)
+    loaded, name = load_model(args.model, args.device, args.accept_gemma_terms)
+    asked, mode = mode, fitted(mode, loaded.tokenizer, asked=args.thinking == "on")
+    if mode.thinking != asked.thinking == "on":
+        print(f"{name} has no thinking mode: mode {mode.name} means route {mode.route}, and answers come without reasoning", file=sys.stderr)
     if text is None:
         out = Printer(sys.stdout, args.show_gate)
         return converse(Session(Conversation(loaded, args.system), mode, args.budget, args.thinking_budget), name, params, out)
@@ -140,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_model(path_or_name: str | None, device: str | None) -> tuple[LoadedModel, str]:
+def load_model(path_or_name: str | None, device: str | None, accept_terms: bool = False) -> tuple[LoadedModel, str]:
     """The model and the name to show for it. Raises ValueError, also when no model is named and there is no run."""
     from dualbranch import checkpoint
 
@@ -155,7 +160,7 @@ def load_model(path_or_name: str | None, device: str | None) -> tuple[LoadedMode
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # how torch says that it knows no such device, or has none
         raise ValueError(f"--device {device} can't be used here ({str(error).splitlines()[0]}); give cpu, or leave it out") from error
-    loaded = checkpoint.load(path_or_name, device=device)
+    loaded = checkpoint.load(path_or_name, device=device, accept_terms=accept_terms)
     return loaded, str(path_or_name)
 
 

@@ -7,17 +7,18 @@ and an answer that is never empty. Used by `generate.py`; knows nothing of model
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
+from dualbranch.chat import chat_format
 from dualbranch.gate import check_budget
 
 if TYPE_CHECKING:
-    from dualbranch.tokenizer import Tokenizer
+    from dualbranch.tokenizer import TokenizerBase
 
 ROUTES = ("fast", "slow", "auto")
 THINKING = ("on", "off", "auto")
@@ -26,7 +27,7 @@ THINKING = ("on", "off", "auto")
 ANSWER_RESERVE = 64
 #: Most tokens of an answer held back while it may still be dropped for reasoning; a longer one stands.
 MAX_TRIED = 64
-#: A reply is at least the decision to think or not and one answer token.
+#: A reply is at least the decision to think or not and one answer token (`TokenRules.min_room`: more where a format frames its replies).
 MIN_ROOM = 2
 
 
@@ -86,6 +87,21 @@ def resolve(mode: str | Mode, route: str | None = None, thinking: str | None = N
     )
 
 
+def fitted(mode: Mode, tok: TokenizerBase, asked: bool = False) -> Mode:
+    """`mode` as the tokenizer's model can carry it out: one without a thinking mode answers directly, whatever the preset says.
+
+    Raises ValueError where reasoning was asked for by itself: a thinking budget, or thinking on other than as a preset (`asked`: even then).
+    """
+    if mode.thinking == "off" or chat_format(tok).thinking is not None:
+        return mode
+    preset = MODES.get(mode.name)
+    if mode.thinking == "on" and (asked or preset is None or preset.thinking != "on"):
+        raise ValueError("thinking is on, but this model has no thinking mode; leave thinking out, or train one (docs/architecture.md)")
+    if mode.thinking_budget is not None:
+        raise ValueError(f"thinking_budget = {mode.thinking_budget} has no effect: this model has no thinking mode; leave it out")
+    return replace(mode, thinking="off")
+
+
 class Phase(Enum):
     """Where a reply stands: the decision token, inside the reasoning, after it, ended."""
 
@@ -108,54 +124,63 @@ class Rule(IntEnum):
 
 
 class TokenRules:
-    """What the rules mean for one tokenizer: `banned (n_rules, V)` bool, and `visible[id]`: the token adds text that is not blank."""
+    """What the rules mean for one tokenizer: `banned (n_rules, V)` bool, and `visible[id]`: the token adds text that is not blank.
 
-    def __init__(self, tok: Tokenizer, vocab_size: int) -> None:
+    `think` and `skip`: the tokens that decide for and against reasoning; `close` begins its end; `ends`: all that end a reply. None where
+    the model's chat format has no such thing.
+    """
+
+    def __init__(self, tok: TokenizerBase, vocab_size: int) -> None:
         if tok.vocab_size > vocab_size:
             raise ValueError(f"the tokenizer has {tok.vocab_size} tokens and the model {vocab_size}; they don't belong together")
-        self.think, self.close, self.end = tok.control["<think>"], tok.control["</think>"], tok.control["<|end|>"]
-        self.call, self.close_call = tok.control["<tool_call>"], tok.control["</tool_call>"]
-        control = set(tok.control.values())
-        self.visible = [i not in control and bool(tok.decode([i]).strip()) for i in range(tok.vocab_size)]
+        form = chat_format(tok)
+        self.thinking, self.ends = form.thinking, form.stops
+        self.think, self.skip = (None, None) if form.thinking is None else form.thinking.decision
+        self.close = None if form.thinking is None else form.thinking.close[0]
+        self.call, self.close_call = form.tool_call or (None, None)
+        self.min_room = MIN_ROOM if form.thinking is None else max(MIN_ROOM, len(form.thinking.skip) + 1)
+        self.visible = [not tok.is_control(i) and bool(tok.decode([i]).strip()) for i in range(tok.vocab_size)]
         not_text = torch.ones(vocab_size, dtype=torch.bool)  # control tokens, and a padded vocabulary's unused ids
-        not_text[[i for i in range(tok.vocab_size) if i not in control]] = False
+        not_text[[i for i in range(tok.vocab_size) if not tok.is_control(i)]] = False
         self.banned = not_text.repeat(len(Rule), 1)
         self.banned[Rule.DECISION] = True
         self.banned[Rule.VISIBLE_TEXT, : tok.vocab_size] = ~torch.tensor(self.visible)
         for rule, allowed in {
-            Rule.DECISION: (self.think, self.close),
+            Rule.DECISION: (self.think, self.skip),
             Rule.REASONING: (self.close,),
             Rule.OPENING: (self.call,),
-            Rule.ANSWER: (self.end, self.call),
-            Rule.CALL: (self.end, self.close_call),
+            Rule.ANSWER: (*self.ends, self.call),
+            Rule.CALL: (*self.ends, self.close_call),
         }.items():
-            self.banned[rule, list(allowed)] = False
+            self.banned[rule, [i for i in allowed if i is not None]] = False
 
 
 @lru_cache(maxsize=8)
-def token_rules(tok: Tokenizer, vocab_size: int) -> TokenRules:
+def token_rules(tok: TokenizerBase, vocab_size: int) -> TokenRules:
     """`TokenRules`, built once per tokenizer object."""
     return TokenRules(tok, vocab_size)
 
 
 class ThinkingController:
-    """Holds one reply to its mode: DECIDE -> (THINK ->) ANSWER -> DONE.
+    """Holds one reply to its mode: DECIDE -> (THINK ->) ANSWER -> DONE; from ANSWER on where the model has no thinking mode.
 
     Before each token ask `forced` and, if it leaves the choice to the model, mask its logits by `rules.banned[rule]`; then `advance`.
     With thinking auto and a `direct_confidence`, an answer without reasoning is at first only tried (`trying`): if `doubts(p)` of a token's
     probability, call `reconsider` instead of `advance`, and the reply starts over with reasoning.
-    `room`: most tokens of the whole reply, at least `MIN_ROOM`. Counts: `n_think` tokens between the tags, `n_answer` tokens after
-    the reasoning without `<|end|>`. Guaranteed for any model: no reasoning with thinking off, `n_think <= thinking_budget`, at
-    least one visible answer token, at most `room` tokens.
+    `room`: most tokens of the whole reply, at least `rules.min_room`. Counts: `n_think` tokens between the tags, `n_answer` tokens after
+    the reasoning without `<|end|>`; `framing`: the newest token is part of a tag, neither reasoning nor answer. Guaranteed for any model: no
+    reasoning with thinking off, `n_think <= thinking_budget`, at least one visible answer token, at most `room` tokens.
     """
 
     def __init__(self, rules: TokenRules, mode: Mode, room: int, think_threshold: float = 0.5, direct_confidence: float | None = None) -> None:
-        assert room >= MIN_ROOM, f"room {room} is below {MIN_ROOM}"
+        assert room >= rules.min_room, f"room {room} is below {rules.min_room}"
         self.rules, self.mode, self.think_threshold, self.direct_confidence = rules, mode, think_threshold, direct_confidence
         self.remaining = room
         self.answer_reserve = max(1, min(ANSWER_RESERVE, room // 4))
         self.n_think = self.n_answer = 0
-        self.phase = Phase.DECIDE
+        self.phase = Phase.ANSWER if rules.thinking is None else Phase.DECIDE
+        self.framing = False
+        self._n_frame, self._queue = 0, []  # tokens of the opening frame so far; tokens of a frame that come next whatever the model prefers
         self.thought = self.finished = False  # opened a reasoning block; ended by <|end|>
         self.trying = self.reconsidered = False  # answers without reasoning, for now; did so in vain
         self._has_text = self._call_open = False
@@ -163,20 +188,26 @@ class ThinkingController:
     @property
     def undecided(self) -> bool:
         """Whether the next token is the model's own decision to think or not (thinking auto, and room for it)."""
-        return self.phase is Phase.DECIDE and self.mode.thinking == "auto" and not self.reconsidered and self._may_think()
+        free = self.phase is Phase.DECIDE and self._n_frame == self.rules.thinking.n_common
+        return free and self.mode.thinking == "auto" and not self.reconsidered and self._may_think()
 
     def forced(self, p_think: float | None = None) -> int | None:
         """The token that comes next whatever the model prefers, or None. `p_think`, needed when `undecided`: P(<think>) against </think>."""
+        if self._queue:
+            return self._queue[0]
         if self.phase is Phase.DECIDE:
+            frame = self.rules.thinking
+            if self._n_frame < frame.n_common:
+                return frame.open[self._n_frame]
             if self.undecided:
                 thinks = p_think >= self.think_threshold
             else:
                 thinks = (self.mode.thinking == "on" or self.reconsidered) and self._may_think()
-            return self.rules.think if thinks else self.rules.close
+            return self.rules.think if thinks else self.rules.skip
         if self.phase is Phase.THINK:
             budget = self.mode.thinking_budget
             used_up = budget is not None and self.n_think >= budget
-            if used_up or self.remaining - 1 <= self.answer_reserve:  # </think> and then the reserve fills the room
+            if used_up or self.remaining - len(self.rules.thinking.close) <= self.answer_reserve:  # </think> and then the reserve fills the room
                 return self.rules.close
         return None
 
@@ -195,32 +226,44 @@ class ThinkingController:
 
     def doubts(self, p: float) -> bool:
         """Whether an answer that is only tried must be dropped, its next token having the probability `p`."""
-        return self.trying and p < self.direct_confidence
+        return self.trying and not self._queue and p < self.direct_confidence
 
     def reconsider(self) -> None:
         """Drops the answer tried so far: back to the decision, which now falls to reasoning. Mutates the controller."""
         assert self.trying, "this reply is not a trial"
-        self.remaining += 1 + self.n_answer
+        self.remaining += len(self.rules.thinking.skip) + self.n_answer
         self.n_answer, self.phase, self.trying, self.reconsidered = 0, Phase.DECIDE, False, True
-        self._has_text = self._call_open = False
+        self._has_text = self._call_open = self.framing = False
+        self._n_frame, self._queue = 0, []
 
     def advance(self, token: int) -> None:
         """Counts `token` as generated. Mutates the controller."""
         r = self.rules
         if self.phase is Phase.DECIDE:
-            self.trying = self.undecided and token == r.close and self.direct_confidence is not None
+            self.trying = self.undecided and token == r.skip and self.direct_confidence is not None
         self.remaining -= 1
-        if self.phase is Phase.DECIDE:
-            self.thought = token == r.think
-            self.phase = Phase.THINK if self.thought else Phase.ANSWER
+        self.framing = True
+        if self._queue:
+            assert token == self._queue[0], "a frame's tokens are forced"
+            del self._queue[0]
+        elif self.phase is Phase.DECIDE:
+            k = self._n_frame
+            self._n_frame += 1
+            if k == r.thinking.n_common:
+                self.thought = token == r.think
+                self._queue = list((r.thinking.open if self.thought else r.thinking.skip)[k + 1 :])
+                self.phase = Phase.THINK if self.thought else Phase.ANSWER
         elif self.phase is Phase.THINK:
             if token == r.close:
+                self._queue = list(r.thinking.close[1:])
                 self.phase = Phase.ANSWER
             else:
+                self.framing = False
                 self.n_think += 1
         else:
             assert self.phase is Phase.ANSWER, "the reply has ended"
-            if token == r.end:
+            self.framing = False
+            if token in r.ends:
                 self.phase, self.finished, self.trying = Phase.DONE, True, False
                 return
             self.n_answer += 1
@@ -232,4 +275,6 @@ class ThinkingController:
 
     def _may_think(self) -> bool:
         """A budget above 0, and room for <think>, one token, </think> and the reserve."""
-        return self.mode.thinking_budget != 0 and self.remaining - 3 >= self.answer_reserve
+        frame = self.rules.thinking
+        needed = len(frame.open) - self._n_frame + 1 + len(frame.close)
+        return self.mode.thinking_budget != 0 and self.remaining - needed >= self.answer_reserve

@@ -146,7 +146,8 @@ class SentencePieceTokenizer(_PublicTokenizer):
         adds_space = p.EncodeAsPieces("a")[:1][0].startswith(_SPACE)
         self._set_tokens([piece_bytes(p, i) for i in range(n)], control, [i for i in range(n) if p.IsUnused(i)], adds_space)
         literal = [p.PieceToId(f"<0x{b:02X}>") for b in _SPACE.encode()]
-        self._literal_space_ids = literal if all(p.IsByte(i) for i in literal) else None
+        # Where every piece of text gets a space of its own, text isn't cut: a literal U+2581 is then a space, as the model's makers have it.
+        self._literal_space_ids = literal if not adds_space and all(p.IsByte(i) for i in literal) else None
         bos = control.get(config.get("bos_token"))
         self.start_ids = (bos,) if bos is not None and config.get("add_bos_token", True) else ()
         self._finish(content, config)

@@ -1,0 +1,171 @@
+"""Claims about chat formats of public checkpoints: our rendering equals their templates, turns extend each other, replies come apart."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from public_models import FAMILIES, tokenizer_of, write_folder, write_gguf
+
+from dualbranch import generate, load
+from dualbranch.chat import chat_format, render_example, render_messages, render_prompt, split_reply
+from dualbranch.conversation import Conversation
+from dualbranch.infer import main
+from dualbranch.modes import MODES, Phase, ThinkingController, fitted, resolve, token_rules
+from dualbranch.sampling import SamplingParams
+
+CHATS = [name for name in FAMILIES if name != "base"]
+USER = {"role": "user", "content": "the user's sum of 12"}
+CONVERSATIONS = [
+    [USER],
+    [{"role": "system", "content": "Be brief."}, USER],
+    [USER, {"role": "assistant", "content": "hello"}, {"role": "user", "content": "你好 and\nthen?"}],
+]
+
+
+@pytest.mark.parametrize("family", CHATS)
+@pytest.mark.parametrize("messages", CONVERSATIONS, ids=["one", "system", "turns"])
+def test_prompts_equal_the_template_run_by_transformers(tmp_path, family, messages):
+    transformers = pytest.importorskip("transformers", reason="a test dependency")
+    tok = tokenizer_of(family)
+    write_folder(tmp_path, family)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    got = render_prompt(tok, messages)
+    thinking = chat_format(tok).thinking
+    if thinking is not None and len(messages) == 3:  # Qwen 3's template forgets the empty block, we keep what was generated
+        at = next(i for i in range(len(got)) if tuple(got[i : i + len(thinking.skip)]) == thinking.skip)
+        del got[at : at + len(thinking.skip)]
+    assert got == ids, (tok.decode(got, skip_control=False), tok.decode(ids, skip_control=False))
+    if thinking is not None:
+        without = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, enable_thinking=False)
+        assert [*ids, *thinking.skip] == without
+
+
+def test_formats_are_recognised_and_unknown_ones_are_said():
+    names = {family: chat_format(tokenizer_of(family)).name for family in FAMILIES}
+    assert names == {"smollm2": "chatml", "qwen2.5": "chatml", "qwen3": "chatml", "llama3": "llama3", "gemma": "gemma", "phi4": "phi", "base": "plain"}
+    assert [family for family in FAMILIES if chat_format(tokenizer_of(family)).thinking] == ["qwen3"]
+    odd = tokenizer_of("smollm2")
+    odd.chat_template = "{{ messages }}"
+    with pytest.warns(UserWarning, match="chat template"):
+        assert chat_format(odd).name == "plain"
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_turn_is_an_exact_extension_whatever_was_generated(family):
+    tok, rng = tokenizer_of(family), random.Random(0)
+    f = chat_format(tok)
+    for _ in range(30):
+        text = [rng.randrange(10, tok.vocab_size) for _ in range(rng.randrange(4))]
+        frame = [] if f.thinking is None else list(rng.choice([f.thinking.open, f.thinking.skip]))
+        reply = rng.choice([[], frame, [*frame, *text], [*frame, *text, *f.end[:1]], [*frame, *text, min(f.stops)]])
+        first = render_prompt(tok, [USER])
+        second = render_prompt(tok, [USER, {"role": "assistant", "ids": reply}, USER])
+        assert second[: len(first) + len(reply)] == first + reply
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_user_text_cannot_forge_a_turn(family):
+    tok = tokenizer_of(family)
+    forged = {"role": "user", "content": "".join(tok.control) + "hello"}
+    control = [i for i in render_prompt(tok, [forged]) if tok.is_control(i)]
+    assert control == [i for i in render_prompt(tok, [{"role": "user", "content": "hello"}]) if tok.is_control(i)]
+
+
+def test_a_base_model_continues_the_prompt_as_it_stands():
+    tok = tokenizer_of("base")
+    assert render_prompt(tok, [{"role": "user", "content": "the user "}]) == tok.encode("the user ")
+
+
+@pytest.mark.parametrize("family", ["qwen3", "smollm2", "gemma"])
+@pytest.mark.parametrize("thinking", [True, False])
+def test_examples_weigh_the_decision_and_the_answer_and_come_apart_again(family, thinking):
+    from types import SimpleNamespace
+
+    tok = tokenizer_of(family)
+    f = chat_format(tok)
+    problem = SimpleNamespace(task="arithmetic", prompt="What is 2 + 3?", answer="5", trace="2 + 3 = 5")
+    if thinking and f.thinking is None:
+        with pytest.raises(ValueError, match="no thinking mode"):
+            render_example(tok, problem, thinking)
+        return
+    ids, weights = render_example(tok, problem, thinking, decision_weight=0.5)
+    n = len(render_prompt(tok, [{"role": "user", "content": problem.prompt}]))
+    assert not any(weights[:n]) and len(ids) == len(weights) and weights.count(0.5) == (f.thinking is not None)
+    reply = split_reply(tok, ids[n:])
+    assert (reply.answer, reply.reasoning, reply.thought, reply.finished) == ("5", problem.trace if thinking else "", thinking, True)
+    messages = [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": "5"} | ({"reasoning": problem.trace} if thinking else {})]
+    assert render_messages(tok, messages, 0.5)[0] == [*ids, *f.end[1:]]
+
+
+def play(tok, mode, room, seed, p_think):
+    rng, rules = random.Random(seed), token_rules(tok, tok.vocab_size + 3)
+    controller, ids, framed = ThinkingController(rules, mode, room), [], []
+    while controller.phase is not Phase.DONE:
+        token = controller.forced(p_think if controller.undecided else None)
+        if token is None:
+            allowed = [i for i, banned in enumerate(rules.banned[controller.rule].tolist()) if not banned]
+            tempting = [i for i in allowed if tok.is_control(i)]
+            token = rng.choice(tempting if tempting and rng.random() < 0.2 else allowed)
+        ids.append(token)
+        controller.advance(token)
+        framed.append(controller.framing)
+    return ids, framed, controller
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_reply_is_well_formed_within_budget_and_never_empty(family):
+    tok = tokenizer_of(family)
+    f, rules = chat_format(tok), token_rules(tok, tok.vocab_size + 3)
+    for seed in range(60):
+        rng = random.Random(seed)
+        name, room, budget = rng.choice(list(MODES)), rng.randrange(rules.min_room, 60), rng.choice([None, 0, 1, 5])
+        mode = resolve(name, thinking_budget=None if name == "fast" or f.thinking is None else budget)
+        ids, framed, controller = play(tok, fitted(mode, tok), room, seed, rng.random())
+        reply = split_reply(tok, ids)
+        assert len(ids) <= room and reply.answer.strip() and reply.thought == controller.thought and reply.finished == controller.finished
+        assert reply.thought <= (f.thinking is not None and name != "fast")
+        text = [i for i, frame in zip(ids, framed, strict=True) if not frame]
+        assert len(text) == controller.n_think + controller.n_answer + reply.finished
+        assert tok.decode(text[: controller.n_think]) == reply.reasoning and tok.decode(text[controller.n_think :]) == reply.answer
+        if mode.thinking_budget is not None:
+            assert controller.n_think <= mode.thinking_budget
+
+
+def test_a_model_without_thinking_mode_answers_and_says_so(tmp_path, capsys):
+    write_gguf(tmp_path / "m.gguf")
+    loaded = load(tmp_path / "m.gguf")
+    got = generate(loaded, "hello", "think", max_tokens=6)
+    assert not got.thought and got.answer.strip() and all(got.use_slow)
+    for knobs in ({"mode": "fast", "thinking": "on"}, {"mode": "think", "thinking": "on"}, {"mode": "think", "thinking_budget": 5}):
+        with pytest.raises(ValueError, match="no thinking mode"):
+            generate(loaded, "hello", **knobs)
+    assert main(["--model", str(tmp_path / "m.gguf"), "--mode", "think", "--prompt", "hello", "--max-tokens", "6"]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("no thinking mode") == 1 and said.out.strip()
+
+
+def test_a_conversation_with_a_public_model_reuses_every_token(tmp_path):
+    write_gguf(tmp_path / "m.gguf", "qwen3", family="qwen3")
+    conversation = Conversation(load(tmp_path / "m.gguf"))
+    for n, mode in enumerate(("think", "auto", "fast")):
+        before = len(conversation.ids)
+        events = list(conversation.stream("the sum", mode, SamplingParams(max_tokens=24)))
+        generation = events[-1].generation
+        assert conversation.n_reused >= before - 1 and bool(n) == bool(conversation.n_reused)
+        assert "".join(e.piece for e in events if e.phase == "think") == generation.reasoning
+        assert "".join(e.piece for e in events if e.phase == "answer") == generation.answer
+        if mode != "auto":
+            assert generation.thought == (mode == "think")
+
+
+def test_a_public_model_survives_our_own_checkpoint(tmp_path):
+    from dualbranch import save_checkpoint
+
+    write_gguf(tmp_path / "m.gguf", "qwen3", family="qwen3")
+    loaded = load(tmp_path / "m.gguf")
+    save_checkpoint(tmp_path / "ours", loaded.model, loaded.tokenizer)
+    again = load(tmp_path / "ours")
+    assert again.tokenizer.hash == loaded.tokenizer.hash and not (tmp_path / "ours/tokenizer.model").exists()
+    assert generate(again, "hello", "think", max_tokens=20).ids == generate(loaded, "hello", "think", max_tokens=20).ids
