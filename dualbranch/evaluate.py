@@ -81,8 +81,9 @@ class Answer:
 @dataclass(frozen=True)
 class Summary:
     """Means over some answered problems. `low`, `high`: 95 % interval of `accuracy`. `flops`: of the prompt and everything generated,
-    each token by the route it took. `tokens`, `think_tokens`: generated, and those of them inside the reasoning. `slow_share`: of all
-    tokens computed; the other shares are of problems.
+    each token by the route it took, dropped and repeated tokens included. `tokens`, `think_tokens`: generated, and those of them inside the
+    reasoning; `dropped`: of an answer that was tried and dropped; `second_looks`: computed fast, then slow. `slow_share`: of all tokens
+    of the text; the other shares are of problems.
     """
 
     n: int
@@ -94,6 +95,8 @@ class Summary:
     think_tokens: float
     thought_share: float
     slow_share: float
+    dropped: float
+    second_looks: float
 
     @staticmethod
     def of(answers: Sequence[Answer]) -> Summary:
@@ -107,6 +110,7 @@ class Summary:
         return Summary(
             n, right / max(1, n), *wilson(right, n), mean(r.flops for r in replies), mean(len(r.ids) for r in replies),
             mean(r.n_think for r in replies), mean(r.thought for r in replies), n_slow / max(1, n_computed),
+            mean(r.n_dropped for r in replies), mean(r.n_second_looks for r in replies),
         )  # fmt: skip
 
 
@@ -283,7 +287,6 @@ def run_evaluation(
             name = "student auto" if budget == default else f"student auto {budget:g}"
             results[name] = answer(name, student, resolve("auto", budget=budget))
             curve.append({"budget": budget, "run": name})
-        results["student slow, deciding"] = answer("student slow, deciding", student, resolve("think", thinking="auto"))
         results["student auto, thinking"] = answer("student auto, thinking", student, resolve("auto", thinking="on"))
         results["student auto, direct"] = answer("student auto, direct", student, resolve("auto", thinking="off"))
         out["decision"] = decision_quality(*(results[f"student auto{x}"] for x in ("", ", thinking", ", direct")))
@@ -305,7 +308,7 @@ def run_evaluation(
         note("ablations", ", ".join(f"{c['branch']} -> {c['replaced_by']} {c['delta_nll']:+.3f}" for c in cases["cases"]) + " nats per token")
         out["gate_examples"] = gate_examples(student, tok, sentences(problems, results["student auto"]))
     text = held_out.tokens[held_out.tokens != tok.pad_id]
-    out["speed"] = measure_speed(speed_cases(teacher, student, dense), text)
+    out["speed"] = measure_speed(speed_cases(teacher, student, dense), text, repeats=3)
     note("speed", f"{len(out['speed']['rows'])} cases")
     models = {"teacher": teacher, "student": student} | ({} if dense is None else {"dense": dense})
     out["memory"] = {name: measure_memory(model) for name, model in models.items()}

@@ -280,8 +280,8 @@ def compute(e: Mapping[str, Any], folder: Path) -> str:
     extra = [row(n, runs[n]) for n in ("student fast, thinking", "student auto, thinking", "student auto, direct") if n in runs]
     other = table(("route and thinking set apart", *head), extra)
     intro = (
-        "`auto` at several budgets (allowed share of slow tokens). The budget is calibrated on held-out text of the training kind,"
-        " so the share of slow tokens measured here may differ."
+        "`auto` at several budgets (allowed share of slow tokens: those the gate sends slow, and those computed again because the fast branch was unsure)."
+        " The budget is calibrated on held-out text of the training kind, so the share of slow tokens measured here may differ."
     )
     return "\n\n".join([title, intro, table(("budget", *head), rows), f"![Accuracy against FLOPs](plots/{figure})", *([other] if extra else ())])
 
@@ -290,11 +290,14 @@ def thinking(e: Mapping[str, Any]) -> str:
     decision = e.get("decision")
     if not decision:
         return ""
+    auto = e.get("runs", {}).get("student auto", {})
+    paid = f" ({auto['dropped']:.1f} tokens dropped and {auto['second_looks']:.1f} computed twice per problem, in the FLOPs)" if "dropped" in auto else ""
     keys = ("thought", "needed", "thought_if_needed", "thought_if_direct_right", "accuracy", "accuracy_thinking", "accuracy_direct", "either_right")
     rows = [(level, str(d["n"]), *(percent(d[k]) for k in keys)) for level, d in decision.items()]
     head = ("level", "n", "thought", "needed", "thought if needed", "thought if not", "auto", "always thinking", "never thinking", "perfect choice")
     intro = (
-        "In `auto` the model decides per prompt whether to reason. *Needed*: only reasoning gets the problem right (same route, thinking on against off);"
+        "In `auto` a reply begins without reasoning where the model's own P(`<think>`) leaves a chance for it, and is dropped for reasoning at the first token"
+        f" it is not sure of{paid}. *Needed*: only reasoning gets the problem right (same route, thinking on against off);"
         " *thought if not*: it reasoned although its direct answer was right. The last four columns are accuracies, the last one with perfect decisions."
     )
     return f"## Deciding to think\n\n{intro}\n\n{table(head, rows)}"
