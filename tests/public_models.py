@@ -48,7 +48,7 @@ PHI4 = (
 
 #: name -> (pre-tokenizer, special tokens, settings of tokenizer_config.json)
 FAMILIES = {
-    "smollm2": ("smollm", ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<file_sep>"],
+    "smollm2": ("smollm", ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<file_sep>", "<gh_stars>"],
                 {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "add_bos_token": False, "chat_template": CHATML_SMOLLM2}),
     "qwen2.5": ("qwen2", ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_pad|>"],
                 {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_bos_token": False, "chat_template": QWEN25}),

@@ -169,3 +169,20 @@ def test_a_public_model_survives_our_own_checkpoint(tmp_path):
     again = load(tmp_path / "ours")
     assert again.tokenizer.hash == loaded.tokenizer.hash and not (tmp_path / "ours/tokenizer.model").exists()
     assert generate(again, "hello", "think", max_tokens=20).ids == generate(loaded, "hello", "think", max_tokens=20).ids
+
+
+def test_a_hugging_face_folder_loads_with_its_tokenizer_and_format(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="a test dependency")
+    import torch
+
+    tok = tokenizer_of("qwen2.5")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(vocab_size=tok.vocab_size + 5, max_position_embeddings=256, **sizes)).eval()
+    model.save_pretrained(tmp_path)
+    write_folder(tmp_path, "qwen2.5")
+    loaded = load(tmp_path)
+    assert loaded.tokenizer.encode("the user") == tok.encode("the user") and chat_format(loaded.tokenizer).name == "chatml"
+    ids = torch.tensor([render_prompt(loaded.tokenizer, [USER])])
+    with torch.inference_mode():
+        assert torch.allclose(loaded.model(ids, "slow").logits, model(ids).logits, atol=1e-4)
+    assert generate(loaded, "hello", "think", max_tokens=5).answer.strip()

@@ -31,7 +31,7 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 MAX_FILE_BYTES = 12_000_000
 MAX_REFERENCE_PARAMS = 187_000_000
 #: Distributions whose import name differs.
-IMPORT_NAMES = {"pyyaml": "yaml", "reasoning-gym": "reasoning_gym"}
+IMPORT_NAMES = {"pyyaml": "yaml", "reasoning-gym": "reasoning_gym", "huggingface-hub": "huggingface_hub"}
 
 
 def code_blocks(language: str) -> list[str]:

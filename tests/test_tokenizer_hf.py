@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from public_models import FAMILIES, pieces_of, tokenizer_of, write_folder
 
+from dualbranch.chat import chat_format, render_prompt
 from dualbranch.tokenizer import Tokenizer
 from dualbranch.tokenizer_hf import SentencePieceTokenizer, load_tokenizer, tokenizer_from_files, tokenizer_from_gguf, with_thinking
 
@@ -107,9 +108,16 @@ def test_taught_thinking_tokens_take_free_ids_and_leave_text_alone():
     tok = tokenizer_of("smollm2")
     with pytest.raises(ValueError, match="free"):
         with_thinking(tok, "<|im_start|>", "<file_sep>")
-    taught = with_thinking(tok, "<repo_name>", "<file_sep>") if tok.pad_id not in (3, 4) else None
-    if taught is not None:
-        assert taught.control["<think>"] == 3 and taught.thinks
+    taught = with_thinking(tok)
+    assert taught.control["<think>"] == tok.control["<repo_name>"] and taught.control["</think>"] == tok.control["<gh_stars>"]
+    assert taught.vocab_size == tok.vocab_size and all(taught.encode(text) == tok.encode(text) for text in (*TEXTS, FORGED))
+    taught = tokenizer_from_files(taught.files())
+    f = chat_format(taught)
+    assert f.thinking.open == (taught.control["<think>"],) and f.thinking.skip == f.thinking.close == (taught.control["</think>"],)
+    user = {"role": "user", "content": "the sum"}
+    assert render_prompt(taught, [user]) == render_prompt(tok, [user])
+    with pytest.raises(ValueError, match="already"):
+        with_thinking(taught)
 
 
 @pytest.mark.parametrize("adds_space", [True, False])
