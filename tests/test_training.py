@@ -196,23 +196,18 @@ def test_batches_prepared_ahead_by_processes_are_the_same(finished):
     assert torch.equal(ahead(3).tokens, data.batch(3).tokens)
 
 
-def test_every_other_row_of_a_mix_sends_the_neediest_tokens_slow(finished):
-    c = load_yaml(TINY, RunConfig, [*SMALLER, "student.routes=[0.0, 1.0, 0.0]"])
+def test_routes_of_batches_come_in_their_shares_and_mixes_are_mostly_fast(finished):
+    c = load_yaml(TINY, RunConfig, [*SMALLER, "student.routes=[0.25, 0.75, 0.0]"])
     student, tok = load_checkpoint(finished / "gate")
-    teacher = load_checkpoint(finished / "teacher")[0]
     rows = BatchSource(c.data, tok, 0, 16).batch(0)
-    scored = rows.loss_weights > 0
-    with torch.no_grad():
-        target, fast = (m(rows.tokens, route, doc_start=rows.doc_start, logits_at=scored) for m, route in ((teacher, "slow"), (student, "fast")))
-    need = torch.zeros(scored.shape).masked_scatter(scored, stages.token_kl(target.logits, fast.logits))
-    n_checked = 0
-    for step in range(6):
-        route = stages.choose_route(c, step, rows, student, scored, target)
-        for slow, kl in list(zip(route, need, strict=True))[1::2]:
-            if slow.any() and not slow.all():
-                n_checked += 1
-                assert kl[slow].min() >= kl[~slow].max()
-    assert n_checked >= 3
+    routes = [stages.choose_route(c, step, rows, student) for step in range(400)]
+    mixes = [r for r in routes if not isinstance(r, str)]
+    assert {r for r in routes if isinstance(r, str)} == {"fast"} and 0.68 < len(mixes) / len(routes) < 0.82
+    shares = torch.stack([r.float().mean(1) for r in mixes]).flatten()
+    assert 0.2 < shares.mean() < 0.3 and shares.median() < 0.2 and shares.max() > 0.9
+    again = stages.choose_route(c, 399, rows, student)
+    assert routes[399] == again if isinstance(again, str) else torch.equal(routes[399], again)
+    assert stages.choose_route(c, 0, rows, load_checkpoint(finished / "teacher")[0]) == "slow"
 
 
 def test_a_teacher_can_start_from_another_and_keeps_its_tokenizer(finished, tmp_path):
