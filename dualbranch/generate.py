@@ -236,13 +236,13 @@ def decode(
         if mode.route == "auto" and model.calibration is not None:
             logits = look_again(model, live, logits, model.calibration.confidence(mode.budget), cache)
         tokens = choose_tokens(logits, live, banned, params)
-        p = _probabilities(logits, tokens) if any(s.controller.trying for s in live) else [1.0] * len(live)
+        p = _probabilities(logits, tokens) if any(s.controller.on_trial for s in live) else [1.0] * len(live)
         stepped, n_kept = [], cache.n_cached.clone()
         for b, (s, token, p_token) in enumerate(zip(live, tokens, p, strict=True)):
             if s.done:
                 continue
             stepped.append(s)
-            if s.controller.trying:
+            if s.controller.on_trial:
                 s.confidence = min(p_token, 1.0 if s.confidence is None else s.confidence)
             if s.controller.doubts(p_token):
                 s.reconsider(model.config)
@@ -273,12 +273,10 @@ def look_again(model: DualBranchModel, live: Sequence[Pending], logits: Tensor, 
     """`logits (B, V)`, those of newest tokens that went fast and leave the next one unsure computed again by the slow branch.
 
     Unsure: the likeliest successor has a probability below `confidence`. Keys and values are overwritten by the slow ones. Where the next
-    token is forced, nothing is unsure. Mutates the sequences and the cache.
+    token is no text of the model's own choice, nothing is unsure. Mutates the sequences and the cache.
     """
     sure = _probabilities(logits, logits.argmax(-1)) if confidence > 0 else [1.0] * len(live)
-    again = [
-        p < confidence and not s.done and not s.use_slow[-1] and bool(s.ids) and s.controller.forced() is None for s, p in zip(live, sure, strict=True)
-    ]
+    again = [p < confidence and bool(s.ids) and not s.use_slow[-1] and s.controller.chooses_text for s, p in zip(live, sure, strict=True)]
     if not any(again):
         return logits
     for s, a in zip(live, again, strict=True):

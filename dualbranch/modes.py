@@ -224,9 +224,19 @@ class ThinkingController:
             return Rule.TEXT if self._call_open else Rule.OPENING
         return Rule.CALL if self._call_open else Rule.ANSWER
 
+    @property
+    def chooses_text(self) -> bool:
+        """Whether the model chooses the next token, within reasoning or answer."""
+        return self.phase in (Phase.THINK, Phase.ANSWER) and self.forced() is None
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether the next token is one that an answer, so far only tried, is judged by."""
+        return self.trying and not self._queue
+
     def doubts(self, p: float) -> bool:
         """Whether an answer that is only tried must be dropped, its next token having the probability `p`."""
-        return self.trying and not self._queue and p < self.direct_confidence
+        return self.on_trial and p < self.direct_confidence
 
     def reconsider(self) -> None:
         """Drops the answer tried so far: back to the decision, which now falls to reasoning. Mutates the controller."""
