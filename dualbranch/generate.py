@@ -7,6 +7,7 @@ conversations that keep their cache `conversation.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from dualbranch.checkpoint import LoadedModel
     from dualbranch.tokenizer import Tokenizer
 
-#: The route of second looks.
-SLOW = resolve("think")
 #: Finished rows are taken out of a batch once fewer than this share of its rows is still running.
 COMPACT_BELOW = 0.75
 
@@ -123,6 +122,12 @@ class Pending:
     def done(self) -> bool:
         return self.controller.phase is Phase.DONE
 
+    def look_again(self, config: DualBranchConfig) -> None:
+        """Voids the newest computed token, which went fast; the next step computes it again, slow. Mutates the sequence."""
+        self.use_slow.pop()
+        self.extra_flops += spent_flops(config, [False], len(self.use_slow))
+        self.n_second_looks += 1
+
     def reconsider(self, config: DualBranchConfig) -> None:
         """Drops the answer tried so far and opens the reasoning instead. What the cache holds after the prompt is void. Mutates the sequence."""
         n = len(self.prompt)
@@ -163,14 +168,19 @@ def prefill(model: DualBranchModel, prompts: Sequence[Sequence[int]], mode: Mode
 
 
 @torch.inference_mode()
-def decode_one_token(model: DualBranchModel, tokens: Sequence[int], mode: Mode, cache: KVCache, running: Sequence[bool] | None = None) -> ModelOutput:
+def decode_one_token(
+    model: DualBranchModel, tokens: Sequence[int], mode: Mode, cache: KVCache, running: Sequence[bool] | None = None, slow: Sequence[bool] = ()
+) -> ModelOutput:
     """Feeds one token per row and returns logits `(B, 1, V)` of the next. Rows that are not `running` are left as they are.
 
-    Writes to and advances the cache.
+    In route auto the rows in `slow` go slow whatever the gate says. Writes to and advances the cache.
     """
     lengths = None if running is None or all(running) else torch.tensor(running, dtype=torch.int64)
     column = torch.tensor(tokens, device=model.device)[:, None]
-    return model(column, mode.route, cache=cache, lengths=lengths, budget=mode.budget, last_only=True)
+    threshold = None
+    if any(slow):
+        threshold = torch.tensor([[math.inf if s else model.calibration.threshold(mode.budget)] for s in slow], device=model.device)
+    return model(column, mode.route, cache=cache, lengths=lengths, budget=mode.budget, threshold=threshold, last_only=True)
 
 
 @torch.inference_mode()
@@ -219,6 +229,7 @@ def decode(
 ) -> Iterator[list[Pending]]:
     """Generates one token for every running sequence per step, and yields those that got one, until all are done.
 
+    In route auto, a sequence whose newest token is `unsure` gets none: it takes the step to compute that token again, slow, beside the others.
     An answer tried without reasoning and then dropped (`ThinkingController.doubts`) leaves `<think>` as the sequence's only token.
     Mutates the sequences. `cache`, if given, holds the first `n_reused` tokens of each prompt; it is advanced, shrunk only where tokens are
     dropped or computed again, and holds everything but the token just chosen at each step. Without it one is made, and loses rows as sequences end.
@@ -230,36 +241,42 @@ def decode(
     banned = live[0].controller.rules.banned.to(model.device)
     out = prefill(model, [s.prompt[s.n_reused :] for s in live], mode, cache)
     n_new = [len(s.prompt) - s.n_reused for s in live]  # valid columns of each row of `out`
+    sure = model.calibration.confidence(mode.budget) if mode.route == "auto" and model.calibration is not None else 0.0
     while True:
         _record(out, live, n_new)
         logits = out.logits[:, -1]
-        if mode.route == "auto" and model.calibration is not None:
-            logits = look_again(model, live, logits, model.calibration.confidence(mode.budget), cache)
-        tokens = choose_tokens(logits, live, banned, params)
-        p = _probabilities(logits, tokens) if any(s.controller.on_trial for s in live) else [1.0] * len(live)
-        stepped, n_kept = [], cache.n_cached.clone()
-        for b, (s, token, p_token) in enumerate(zip(live, tokens, p, strict=True)):
-            if s.done:
-                continue
-            stepped.append(s)
-            if s.controller.on_trial:
-                s.confidence = min(p_token, 1.0 if s.confidence is None else s.confidence)
-            if s.controller.doubts(p_token):
-                s.reconsider(model.config)
-                n_kept[b] = len(s.prompt)
-            else:
-                s.ids.append(token)
-                s.controller.advance(token)
+        again = unsure(live, logits, sure)
+        ready = [b for b, s in enumerate(live) if not again[b] and not s.done]  # rows that get a token
+        stepped, n_kept = [live[b] for b in ready], cache.n_cached.clone()
+        for b, s in enumerate(live):
+            if again[b]:
+                s.look_again(model.config)
+                n_kept[b] -= 1
+        if stepped:
+            if len(ready) < len(live):
+                logits = logits[ready]
+            tokens = choose_tokens(logits, stepped, banned, params)
+            p = _probabilities(logits, tokens) if any(s.controller.on_trial for s in stepped) else [1.0] * len(stepped)
+            for b, s, token, p_token in zip(ready, stepped, tokens, p, strict=True):
+                if s.controller.on_trial:
+                    s.confidence = min(p_token, 1.0 if s.confidence is None else s.confidence)
+                if s.controller.doubts(p_token):
+                    s.reconsider(model.config)
+                    n_kept[b] = len(s.prompt)
+                else:
+                    s.ids.append(token)
+                    s.controller.advance(token)
         cache.truncate(n_kept)
-        yield stepped
+        if stepped:
+            yield stepped
         running = [not s.done for s in live]
         if not any(running):
             return
         if own_cache and sum(running) < COMPACT_BELOW * len(live):
             index = [b for b, r in enumerate(running) if r]
             cache = cache.select_rows(torch.tensor(index))
-            live, running = [live[b] for b in index], [True] * len(index)
-        out = decode_one_token(model, [s.ids[-1] for s in live], mode, cache, running)
+            live, again, running = [live[b] for b in index], [again[b] for b in index], [True] * len(index)
+        out = decode_one_token(model, [s.ids[-1] for s in live], mode, cache, running, again)
         n_new = [int(r) for r in running]
 
 
@@ -269,23 +286,15 @@ def _probabilities(logits: Tensor, tokens: Sequence[int] | Tensor) -> list[float
     return (logits.gather(1, chosen)[:, 0] - logits.logsumexp(-1)).exp().tolist()
 
 
-def look_again(model: DualBranchModel, live: Sequence[Pending], logits: Tensor, confidence: float, cache: KVCache) -> Tensor:
-    """`logits (B, V)`, those of newest tokens that went fast and leave the next one unsure computed again by the slow branch.
+def unsure(live: Sequence[Pending], logits: Tensor, sure: float) -> list[bool]:
+    """Whose newest token went fast and leaves the next one unsure: its likeliest successor, by `logits (B, V)`, has a probability below `sure`.
 
-    Unsure: the likeliest successor has a probability below `confidence`. Keys and values are overwritten by the slow ones. Where the next
-    token is no text of the model's own choice, nothing is unsure. Mutates the sequences and the cache.
+    Where the next token is no text of the model's own choice, nothing is unsure.
     """
-    sure = _probabilities(logits, logits.argmax(-1)) if confidence > 0 else [1.0] * len(live)
-    again = [p < confidence and bool(s.ids) and not s.use_slow[-1] and s.controller.chooses_text for s, p in zip(live, sure, strict=True)]
-    if not any(again):
-        return logits
-    for s, a in zip(live, again, strict=True):
-        if a:
-            s.extra_flops += spent_flops(model.config, [False], len(s.use_slow) - 1)
-            s.use_slow[-1], s.n_second_looks = True, s.n_second_looks + 1
-    cache.truncate(cache.n_cached - torch.tensor(again, dtype=torch.int64))
-    slow = decode_one_token(model, [s.ids[-1] if s.ids else 0 for s in live], SLOW, cache, again)
-    return torch.where(torch.tensor(again, device=logits.device)[:, None], slow.logits[:, -1], logits)
+    if sure <= 0.0:
+        return [False] * len(live)
+    p = _probabilities(logits, logits.argmax(-1))
+    return [p < sure and bool(s.ids) and not s.use_slow[-1] and s.controller.chooses_text for s, p in zip(live, p, strict=True)]
 
 
 def _record(out: ModelOutput, live: Sequence[Pending], n_new: Sequence[int]) -> None:

@@ -106,15 +106,15 @@ class DualBranchModel(nn.Module):
         lengths: Tensor | None = None,
         doc_start: Tensor | None = None,
         budget: float | None = None,
-        threshold: float | None = None,
+        threshold: float | Tensor | None = None,
         last_only: bool = False,
         logits_at: Tensor | None = None,
     ) -> ModelOutput:
         """Logits of `tokens (B, T)` int64, right-padded.
 
         `lengths (B,)` valid tokens per row (None = T). `doc_start (B, T)` start of each token's document in a packed row.
-        `route`: "slow" | "fast" | "auto" | "soft", or hard decisions `(B, T)` bool (True = slow). For "auto", `threshold` on g, or
-        `budget` looked up in the calibration (its default if neither is given). With `cache`, tokens follow what is cached; the cache
+        `route`: "slow" | "fast" | "auto" | "soft", or hard decisions `(B, T)` bool (True = slow). For "auto", `threshold` on g, one or
+        `(B, 1)`, or `budget` looked up in the calibration (its default if neither is given). With `cache`, tokens follow what is cached; the cache
         is written and advanced. `last_only`: logits of each row's last valid token alone. `logits_at (B, T)` bool: of those tokens alone,
         in row-major order, `(n, V)` (training does not pay for tokens that no loss looks at).
         Raises ValueError for an unknown route, a budget outside [0, 1], a missing calibration, and CacheFull.
@@ -180,7 +180,7 @@ class DualBranchModel(nn.Module):
         return Grid(q_pos, doc_start, n_keys, *angles, sliding), keys, n_new
 
     def _decide(
-        self, x: Tensor, route: str | Tensor, budget: float | None, threshold: float | None, shape: tuple[int, int]
+        self, x: Tensor, route: str | Tensor, budget: float | None, threshold: float | Tensor | None, shape: tuple[int, int]
     ) -> tuple[Tensor | None, Tensor | None]:
         """`g (B, T)` and `use_slow (B, T)`, each None where it has no meaning."""
         if isinstance(route, Tensor):
