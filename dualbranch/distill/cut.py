@@ -7,6 +7,7 @@ reproduces the wide one's output, layer by layer, on the teacher's own stream. S
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +15,15 @@ from torch import Tensor, nn
 
 from dualbranch.block import Block, Branch
 from dualbranch.cache import NoCache
+from dualbranch.config import DualBranchConfig
 from dualbranch.data.packing import Rows
 from dualbranch.model import DualBranchModel
 from dualbranch.routing import Grid, Partition, TokenGroup
 
-#: What a student cut out of a teacher must share with it.
-DIALECT = ("vocab_size", "d_model", "n_kv_heads", "head_dim", "activation", "qkv_bias", "qk_norm", "tie_embeddings", "rope_theta", "rope_scaling", "norm_eps")
+#: What a student cut out of a teacher need not share with it: how deep and wide it is, and what only a dual-branch model has.
+FREE = ("n_layers", "n_heads", "d_ff", "n_stem", "n_tail", "fast_n_heads", "fast_d_ff", "sparse", "d_gate", "max_seq_len")
+#: What it must: everything else, the sizes its K/V and its stream have and the dialect they are written in.
+DIALECT = tuple(f.name for f in dataclasses.fields(DualBranchConfig) if f.name not in FREE)
 
 
 @dataclass(frozen=True)
@@ -71,17 +75,20 @@ def cut_branch(target: Branch, source: Branch, view: LayerView, n_kv_heads: int)
     heads = top_heads(head_importance(source, view), n_kv_heads, target.n_heads)
     rows = (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()
     copy_rows(target.w_q, source.w_q, rows)
-    target.q_norm.load_state_dict(source.q_norm.state_dict())
-    target.ff_norm.load_state_dict(source.ff_norm.state_dict())
-    source_mid = view.x + source.w_o(source.attend(view.h, view.tokens, *view.keys))
-    source_out = source_mid + source.ff(source.ff_norm(source_mid))
+    for name in ("q_norm", "attn_post_norm", "ff_norm", "ff_post_norm"):
+        getattr(target, name).load_state_dict(getattr(source, name).state_dict())
+    attended = source.w_o(source.attend(view.h, view.tokens, *view.keys))
+    source_mid = view.x + source.attn_post_norm(attended)
+    fed = source.ff(source.ff_norm(source_mid))
     y = target.attend(view.h, view.tokens, *view.keys)
-    target.w_o.weight.copy_(ridge(y, source_mid - view.x))
+    target.w_o.weight.copy_(ridge(y, attended))
     neurons = neuron_importance(source, source_mid).topk(target.ff.w_act.out_features).indices.sort().values
     for name in ("w_act", "w_up"):
         copy_rows(getattr(target.ff, name), getattr(source.ff, name), neurons)
-    mid = view.x + target.w_o(y)
-    target.ff.w_down.weight.copy_(ridge(target.ff.hidden(target.ff_norm(mid)), source_out - mid))
+    mid = view.x + target.attn_post_norm(target.w_o(y))
+    if isinstance(source.ff_post_norm, nn.Identity):  # without a norm behind it the feed-forward can also mend what attention lost
+        fed = source_mid + fed - mid
+    target.ff.w_down.weight.copy_(ridge(target.ff.hidden(target.ff_norm(mid)), fed))
 
 
 @torch.no_grad()
@@ -94,7 +101,7 @@ def layer_views(model: DualBranchModel, rows: Rows):
     for i, block in enumerate(model.blocks):
         h = block.attn_norm(x)
         store = NoCache(*rows.tokens.shape).layer(i, None)
-        yield block, LayerView(x, h, store(*block.kv(h, tokens.cos, tokens.sin)), tokens)
+        yield block, LayerView(x, h, store(*block.kv(h, *tokens.angles(block.sliding))), tokens)
         x = block(x, slow, store)
 
 

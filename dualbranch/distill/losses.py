@@ -1,12 +1,76 @@
 """Distillation losses. Each returns a weighted *sum* over tokens; the caller divides once by the weight of the whole batch, over all
 micro-batches and ranks, so that no split of the batch changes the gradient.
+
+Logits of a large vocabulary never exist for all tokens at once: `by_tokens` computes what is wanted of them some tokens at a time, and
+`token_loss` a loss with its gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+#: Logits (tokens times vocabulary) held at once: 64 MiB in fp32. Models with a small vocabulary never reach it.
+LOGITS_AT_ONCE = 2**24
+
+
+def token_slices(n_tokens: int, vocab_size: int) -> list[slice]:
+    """`[0, n_tokens)` in slices whose logits may exist at once; at least one."""
+    n = max(1, LOGITS_AT_ONCE // vocab_size)
+    return [slice(i, i + n) for i in range(0, n_tokens, n)] or [slice(0, 0)]
+
+
+def by_tokens(function: Callable[..., Tensor], vocab_size: int, *columns: Tensor) -> Tensor:
+    """`function(*columns)` for `columns (N, ...)`, computed in slices of tokens: its results `(N, ...)`. For use without gradients."""
+    return torch.cat([function(*(c[part] for c in columns)) for part in token_slices(len(columns[0]), vocab_size)])
+
+
+def token_loss(
+    loss: Callable[..., dict[str, Tensor]], vocab_size: int, hidden: Tensor, columns: Sequence[Tensor], params: Sequence[Tensor] = ()
+) -> dict[str, Tensor]:
+    """`loss(hidden, *columns)`, sums over tokens by name, whose gradient flows to `hidden (N, E)` and to those of `params` (the head's) that want it.
+
+    Where the logits of all tokens would be too many, the loss is computed in slices, each with its gradient at once, so that nothing of it is
+    kept but one `(N, E)` tensor and nothing is computed twice. The sum of all values then carries the gradient; single ones are for the log.
+    """
+    slices = token_slices(len(hidden), vocab_size)
+    if len(slices) == 1:
+        return loss(hidden, *columns)
+    values: dict[str, Tensor] = {}
+    total = _SlicedLoss.apply(loss, slices, columns, values, hidden, *params)
+    first, *rest = values
+    return {first: total - sum(values[name] for name in rest)} | {name: values[name] for name in rest}
+
+
+class _SlicedLoss(torch.autograd.Function):
+    """The sum of a loss over slices of tokens; its gradient is computed with it. Fills `values` with the sums by name."""
+
+    @staticmethod
+    def forward(ctx, loss, slices: list[slice], columns: Sequence[Tensor], values: dict[str, Tensor], hidden: Tensor, *params: Tensor) -> Tensor:
+        wanted = [p for p, needed in zip(params, ctx.needs_input_grad[5:], strict=True) if needed]
+        grads = [torch.zeros_like(p) for p in wanted]
+        grad_hidden = torch.empty_like(hidden)
+        for part in slices:
+            with torch.enable_grad():
+                x = hidden[part].detach().requires_grad_()
+                found = loss(x, *(c[part] for c in columns))
+                partial = torch.autograd.grad(sum(found.values()), [x, *wanted])
+            grad_hidden[part] = partial[0]
+            for grad, more in zip(grads, partial[1:], strict=True):
+                grad += more
+            for name, value in found.items():
+                values[name] = values.get(name, 0.0) + value.detach()
+        ctx.save_for_backward(grad_hidden, *grads)
+        return sum(values.values())
+
+    @staticmethod
+    def backward(ctx, grad_total: Tensor):
+        grad_hidden, *grads = (g * grad_total for g in ctx.saved_tensors)
+        of_params = [grads.pop(0) if needed else None for needed in ctx.needs_input_grad[5:]]
+        return None, None, None, None, grad_hidden, *of_params
 
 
 def hard_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

@@ -17,12 +17,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     from dualbranch.distill import pipeline
-    from dualbranch.distill.config import RunConfig
+    from dualbranch.distill.config import load_run
     from dualbranch.distill.trainer import NonFiniteLoss
-    from dualbranch.schema import load_yaml
 
     try:
-        folder = pipeline.run(load_yaml(args.config, RunConfig, args.set), args.resume)
+        folder = pipeline.run(load_run(args.config, args.set), args.resume)
     except KeyboardInterrupt as stopped:
         print(f"\n{str(stopped) or 'stopped; the same command with --resume continues'}", file=sys.stderr)
         return 130

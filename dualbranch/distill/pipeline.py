@@ -18,7 +18,7 @@ from dualbranch import accounting
 from dualbranch.checkpoint import load, load_checkpoint, save_checkpoint, write_text
 from dualbranch.config import DualBranchConfig
 from dualbranch.distill import dist, stages
-from dualbranch.distill.config import RunConfig
+from dualbranch.distill.config import RunConfig, slow_sizes
 from dualbranch.distill.cut import init_from_teacher
 from dualbranch.distill.trainer import MetricsLog
 from dualbranch.evaluate import run_evaluation
@@ -47,7 +47,7 @@ def run(config: RunConfig, resume: bool = False) -> Path:
     teacher, tok = make_teacher(config, folder, log, device)
     if config.until == "teacher":
         return folder
-    model_config = dataclasses.replace(config.model, vocab_size=tok.vocab_size)
+    model_config = dataclasses.replace(config.model, vocab_size=teacher.config.vocab_size)
     student = make_student(config, model_config, folder / "student", "student", teacher, tok, log)
     dense = None
     if config.evaluation.dense_baseline:
@@ -142,8 +142,8 @@ def make_student(
     """A student of the given sizes: initialised as the config says, then distilled."""
 
     def make() -> DualBranchModel:
-        if config.student.init == "teacher" and not model_config.is_dense and stages.dense_config(model_config) != stages.dense_config(teacher.config):
-            different = differences(to_dict(stages.dense_config(teacher.config)), to_dict(stages.dense_config(model_config)), "model.")
+        if config.student.init == "teacher" and not model_config.is_dense and slow_sizes(model_config) != slow_sizes(teacher.config):
+            different = differences(to_dict(slow_sizes(teacher.config)), to_dict(slow_sizes(model_config)), "model.")
             raise ValueError(f"student.init is 'teacher' but the sizes differ ({'; '.join(different)}); match them, or set student.init: smaller")
         student = DualBranchModel(model_config)
         student.init_weights(config.seed + 1)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 
 from torch.utils.data import DataLoader
 
 from dualbranch.chat import render_conversation
-from dualbranch.data.packing import Rows, pack
+from dualbranch.data import corpora
+from dualbranch.data.packing import Example, Rows, pack
 from dualbranch.data.problem import LANGS, LEVELS, Problem, sample_problem, split_of
 from dualbranch.data.reasoning_gym import reasoning_gym_problems
 from dualbranch.data.tasks import TASKS
-from dualbranch.data.text import load_examples
+from dualbranch.data.text import load_examples, windows
 from dualbranch.distill.config import DataConfig
 from dualbranch.tokenizer import Tokenizer
 
@@ -20,8 +22,20 @@ from dualbranch.tokenizer import Tokenizer
 DECISION_WEIGHT = 4.0
 
 
+@functools.lru_cache(maxsize=4)
+def text_documents(tok: Tokenizer, paths: tuple[str, ...], names: tuple[str, ...], split: str, seq_len: int) -> list[Example]:
+    """The user's text and the named corpora as documents that fit a row. The user's own text has no test split: its held-out part serves for both."""
+    own = "train" if split == "train" else "valid"
+    documents = [d for d in load_examples(tok, paths, own, seq_len) if len(d[0]) <= seq_len] if paths else []
+    for name in names:
+        documents += [window for text in corpora.load_corpus(name, split) for window in windows(tok, text, seq_len)]
+    return documents
+
+
 class BatchSource:
-    """Packed rows of generated problems and, if configured, of the user's text.
+    """Packed rows of generated problems and, if configured, of text: the user's, or corpora known by name.
+
+    With `text_share` 1 there are no problems at all: the text is packed once, and every row is seen once before one is seen again.
 
     `align` is the model's selection block size. `needs_thinking`, once the teacher has assessed itself, makes half of the documents
     labelled problems whose decision token counts in the loss.
@@ -34,14 +48,16 @@ class BatchSource:
         self.config, self.tok, self.seed, self.align, self.split = config, tok, seed, align, split
         self.tasks = list(config.tasks) or list(TASKS)
         self.needs_thinking: Sequence[bool] = ()
-        if bool(config.text) != (config.text_share > 0):
-            raise ValueError(f"data.text is {list(config.text)} and data.text_share {config.text_share}; give both or neither")
+        if bool(config.text or config.corpora) != (config.text_share > 0):
+            given = f"data.text is {list(config.text)}, data.corpora {list(config.corpora)}"
+            raise ValueError(f"{given} and data.text_share {config.text_share}; give text and a share, or neither")
         if bool(config.reasoning_gym) != (config.reasoning_gym_share > 0):
             raise ValueError(f"data.reasoning_gym is {list(config.reasoning_gym)} and reasoning_gym_share {config.reasoning_gym_share}; give both or neither")
         gym = (p for name in config.reasoning_gym for p in reasoning_gym_problems(name, config.reasoning_gym_size))
         self.gym = [render_conversation(tok, [p], [False]) for p in gym if split_of(p.key) == split]
-        own = "train" if split == "train" else "valid"
-        self.documents = [d for d in load_examples(tok, config.text, own, config.seq_len) if len(d[0]) <= config.seq_len] if config.text else []
+        self.documents = text_documents(tok, config.text, config.corpora, split, config.seq_len) if config.text_share else []
+        if not config.has_problems and not self.documents:
+            raise ValueError(f"no document falls into the text's {split} split (by its hash); add more text, or set data.text_share below 1")
 
     def problem(self, rng: random.Random, progress: float = 1.0) -> Problem:
         """One problem, its level drawn from the curriculum at `progress` in [0, 1] of the training."""
@@ -74,6 +90,8 @@ class BatchSource:
         """`n_rows` (default `batch_rows`) packed rows; the same step gives the same rows."""
         rng = random.Random(f"{self.seed}:{self.split}:{step}")
         n_rows, length = n_rows or self.config.batch_rows, self.config.seq_len
+        if not self.config.has_problems:
+            return self.text_rows(step * n_rows, n_rows)
         examples, filled, too_long = [], 0, 0
         while filled < n_rows * length:
             ids, weights = self.example(rng, progress)
@@ -85,6 +103,23 @@ class BatchSource:
             if too_long > 100 and too_long > len(examples):
                 raise ValueError(f"most documents are longer than data.seq_len = {length} tokens (the last has {len(ids)}); raise it")
         return pack(examples, length, self.align, self.tok.pad_id).map(lambda x: x[:n_rows])
+
+
+    @functools.cached_property
+    def packed(self) -> Rows:
+        """All text, packed once; which windows share a row depends on the seed."""
+        documents = list(self.documents)
+        random.Random(f"{self.seed}:{self.split}:pack").shuffle(documents)
+        return pack(documents, self.config.seq_len, self.align, self.tok.pad_id)
+
+    def text_rows(self, first: int, n: int) -> Rows:
+        """Rows `[first, first + n)` of an endless sequence in which every epoch is another order of all rows."""
+        index, size = [], len(self.packed)
+        for epoch in range(first // size, (first + n - 1) // size + 1):
+            order = list(range(size))
+            random.Random(f"{self.seed}:{self.split}:epoch {epoch}").shuffle(order)
+            index += order[max(0, first - epoch * size) : first + n - epoch * size]
+        return self.packed.map(lambda x: x[index])
 
 
 class Prefetcher:

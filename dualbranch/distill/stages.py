@@ -22,6 +22,7 @@ from torch import Tensor
 from dualbranch.chat import render_prompt
 from dualbranch.checkpoint import load, write_text
 from dualbranch.config import DualBranchConfig
+from dualbranch.data.corpora import load_corpus
 from dualbranch.data.packing import Rows
 from dualbranch.data.problem import LANGS, LEVELS, Problem, sample_problem, verify
 from dualbranch.data.tasks import TASKS
@@ -29,7 +30,7 @@ from dualbranch.data.tasks.words import known_words
 from dualbranch.data.text import load_documents
 from dualbranch.distill import dist
 from dualbranch.distill.config import RunConfig
-from dualbranch.distill.losses import align_loss, distill_loss, hard_loss, token_kl
+from dualbranch.distill.losses import LOGITS_AT_ONCE, align_loss, by_tokens, distill_loss, hard_loss, token_kl, token_loss
 from dualbranch.distill.sources import BatchSource, Prefetcher
 from dualbranch.distill.teacher_cache import TeacherCache
 from dualbranch.distill.trainer import Loop, train
@@ -69,6 +70,8 @@ def train_tokenizer(config: RunConfig, path: Path) -> Tokenizer:
     texts = [text.translate(made_up) for text in texts]
     if config.data.text:
         texts += load_documents(config.data.text, "train")
+    for name in config.data.corpora:
+        texts += load_corpus(name, "train")
     return Tokenizer.train(texts, config.tokenizer.vocab_size, path)
 
 
@@ -97,7 +100,7 @@ def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log, dev
         return {"hard": text_loss(model, rows)}
 
     def batch(step: int) -> Rows:
-        if step >= first_decision and t.decide > 0 and not data.needs_thinking:
+        if step >= first_decision and t.decide > 0 and config.data.has_problems and not data.needs_thinking:
             if not assessment.exists():
                 assess(snapshot(model), tok, data, t.n_assess, assessment, log)
             dist.barrier()
@@ -152,25 +155,42 @@ def train_student(
         p.requires_grad_(not n.startswith("gate.") and (not freeze or ".fast." in n))
     dist.shard(student)
     teacher.requires_grad_(False)
+    head = [*student.norm.parameters(), *(student.embed if student.head is None else student.head).parameters()]
     cache = TeacherCache(folder / "teacher_logits", s.cache_logits, teacher) if s.cache_logits else None
     aligned = s.align > 0 and student.config.d_model == teacher.config.d_model
 
     batch = Prefetcher(lambda step: data.batch(step % s.distinct_batches if s.distinct_batches else step), s.steps, config.data.workers)
 
+    def at_head(logits: Tensor, goal: Tensor, targets: Tensor, weights: Tensor, soft_w: Tensor) -> dict[str, Tensor]:
+        hard = s.hard * hard_loss(logits, targets, weights)
+        return {"hard": hard, "soft": s.soft * distill_loss(goal, logits, soft_w, s.temperature)}
+
+    def at_streams(hidden: Tensor, goal: Tensor, *columns: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            goal = teacher.logits(goal)
+        return at_head(student.logits(hidden), goal, *columns)
+
     def loss(rows: Rows, step: int) -> dict[str, Tensor]:
         soft_w = rows.loss_weights.masked_fill(decides(tok, rows), 1.0)  # the teacher's decision counts even where no label does
         scored = soft_w > 0
+        vocab_size = student.config.vocab_size
+        sliced = cache is None and dist.world_size() == 1 and rows.tokens.numel() * vocab_size > LOGITS_AT_ONCE
+        logits_at = torch.zeros_like(scored) if sliced else scored
         target = None
         if cache is None:
             with torch.no_grad():
-                target = teacher(rows.tokens, doc_start=rows.doc_start, logits_at=scored)
+                target = teacher(rows.tokens, doc_start=rows.doc_start, logits_at=logits_at)
         route = choose_route(config, step, rows, student)
-        out = student(rows.tokens, route, doc_start=rows.doc_start, logits_at=scored)
-        losses = {"hard": s.hard * hard_loss(out.logits, rows.targets[scored], rows.loss_weights[scored])}
+        out = student(rows.tokens, route, doc_start=rows.doc_start, logits_at=logits_at)
+        columns = (rows.targets[scored], rows.loss_weights[scored], soft_w[scored])
         if target is None:
+            losses = {"hard": s.hard * hard_loss(out.logits, *columns[:2])}
             losses["soft"] = s.soft * cache.loss(step % s.distinct_batches, rows, out.logits, soft_w)
             return losses
-        losses["soft"] = s.soft * distill_loss(target.logits, out.logits, soft_w[scored], s.temperature)
+        if sliced:
+            losses = token_loss(at_streams, vocab_size, out.hidden[scored], (target.hidden[scored], *columns), head)
+        else:
+            losses = at_head(out.logits, target.logits, *columns)
         if aligned:
             valid = (rows.tokens != tok.pad_id).flatten().float()
             losses["align"] = s.align * align_loss(out.hidden.flatten(0, 1), target.hidden.flatten(0, 1), valid)
@@ -209,19 +229,26 @@ def gate_examples(model: DualBranchModel, tok: Tokenizer, rows: Rows) -> tuple[T
     """
     stem = {}
     hook = model.blocks[model.config.n_stem - 1].register_forward_hook(lambda _m, _i, out: stem.update(x=out))
-    slow = model(rows.tokens, "slow", doc_start=rows.doc_start).logits.flatten(0, 1)
+    real = rows.tokens != tok.pad_id
+    none = torch.zeros_like(real)
+    slow = model(rows.tokens, "slow", doc_start=rows.doc_start, logits_at=none).hidden
     hook.remove()
-    fast = model(rows.tokens, "fast", doc_start=rows.doc_start).logits.flatten(0, 1)
-    used = (rows.loss_weights > 0) | decides(tok, rows)
-    kl = torch.where(used.flatten(), token_kl(slow, fast), 0.0)
-    confidence = torch.where(used.flatten(), fast.softmax(-1).amax(-1), 1.0)
-    real = (rows.tokens != tok.pad_id).flatten()
-    return stem["x"][real], kl[real], confidence[real]
+    fast = model(rows.tokens, "fast", doc_start=rows.doc_start, logits_at=none).hidden
+    used = ((rows.loss_weights > 0) | decides(tok, rows)) & real
+
+    def compare(slow: Tensor, fast: Tensor) -> Tensor:
+        logits = model.logits(fast)
+        return torch.stack([token_kl(model.logits(slow), logits), logits.softmax(-1).amax(-1)], dim=-1)
+
+    found = torch.tensor([0.0, 1.0], device=real.device).repeat(*real.shape, 1)  # (R, T, 2): KL and confidence
+    found[used] = by_tokens(compare, model.config.vocab_size, slow[used], fast[used])
+    return stem["x"][real.flatten()], found[real][:, 0], found[real][:, 1]
 
 
 def decides(tok: Tokenizer, rows: Rows) -> Tensor:
     """`(R, T)` bool: the tokens that predict whether to think."""
-    return rows.tokens == tok.control["<|assistant|>"]
+    opening = tok.control.get("<|assistant|>") if tok.thinks else None
+    return torch.zeros_like(rows.tokens, dtype=torch.bool) if opening is None else rows.tokens == opening
 
 
 def train_gate(config: RunConfig, tok: Tokenizer, model: DualBranchModel, log: Log) -> None:
@@ -249,7 +276,8 @@ def train_gate(config: RunConfig, tok: Tokenizer, model: DualBranchModel, log: L
     held_out, _, confidence = collect(model, tok, source(config, tok, "valid", purpose=3), c.calibration_rows)
     with torch.no_grad():
         model.calibration = Calibration.measure(gate(held_out), confidence, c.default_budget)
-    model.calibration = calibrate_thinking(config, tok, model, log)
+    if tok.thinks and config.data.has_problems:
+        model.calibration = calibrate_thinking(config, tok, model, log)
 
 
 def calibrate_thinking(config: RunConfig, tok: Tokenizer, model: DualBranchModel, log: Log) -> Calibration:

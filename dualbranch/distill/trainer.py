@@ -112,7 +112,7 @@ def gradient_step(model: nn.Module, loop: Loop, rows: Rows, step: int) -> dict[s
 def persist(model: nn.Module, optimizers: list[torch.optim.Optimizer], folder: Path, step: int) -> None:
     """Writes everything needed to continue after `step` steps. Collective."""
     names = {p: n for n, p in model.named_parameters()}
-    weights = {n: dist.full(p.detach()).cpu() for n, p in model.named_parameters()}
+    weights = {n: dist.full(p.detach()).cpu() for n, p in model.named_parameters() if p.requires_grad}  # the others are as they were made
     states = {
         str(i): {names[p]: {k: dist.full(v).cpu() if isinstance(v, Tensor) else v for k, v in s.items()} for p, s in o.state.items()}
         for i, o in enumerate(optimizers)
