@@ -11,13 +11,16 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from dualbranch.chat import render_prompt
+from dualbranch.data.corpora import load_corpus
 from dualbranch.data.problem import LANGS, LEVELS, SHIFTS, Problem, sample_problem, verify
 from dualbranch.data.tasks import TASKS
+from dualbranch.data.text import load_documents
 from dualbranch.distill import stages
 from dualbranch.distill.config import RunConfig
 from dualbranch.generate import Generation, generate_batch
@@ -26,13 +29,12 @@ from dualbranch.model import DualBranchModel
 from dualbranch.modes import Mode, resolve
 from dualbranch.routing_study import ablations, gate_examples, routing_study
 from dualbranch.sampling import SamplingParams
+from dualbranch.text_eval import evaluate_texts, read_text
 from dualbranch.tokenizer import Tokenizer
 
 Log = Callable[[dict], None]
 
 MARKERS = ("<think>", "</think>")
-#: Slow shares at which routing policies are compared; the default budget is added.
-ROUTING_SHARES = (0.1, 0.3, 0.5, 0.7)
 #: Draws of one problem before it may repeat (a small level has few test problems).
 _N_DRAWS = 200
 
@@ -245,7 +247,7 @@ def run_evaluation(
     """
     started = time.perf_counter()
     e, console = config.evaluation, Console(stderr=True)
-    params, problems = SamplingParams(max_tokens=e.max_tokens), draw_problems(config)
+    params, problems = SamplingParams(max_tokens=e.max_tokens), draw_problems(config) if config.data.has_problems else []
     results: dict[str, Result] = {}
     skipped: list[str] = []
     routed = student.gate is not None and student.calibration is not None
@@ -265,48 +267,58 @@ def run_evaluation(
         note(name, text, accuracy=r.overall.accuracy, flops=r.overall.flops)
         return r
 
-    think, direct = resolve("think"), resolve("think", thinking="off")
-    results["teacher think"] = answer("teacher think", teacher, think)
-    results["teacher direct"] = answer("teacher direct", teacher, direct)
-    results["student think"] = answer("student think", student, think)
-    if dense is None:
-        skipped.append("dense baseline: the run made none (evaluation.dense_baseline)")
-    else:
-        results["dense think"] = answer("dense think", dense, think)
-        results["dense direct"] = answer("dense direct", dense, direct)
     curve: list[dict] = []
     shifted: dict[str, dict] = {}
     out: dict = {}
+    default = student.calibration.default_budget if routed else config.gate.default_budget
     if not routed:
         skipped.append("fast, auto, routing study and ablations: the student has no calibrated gate")
-    else:
-        default = student.calibration.default_budget
-        results["student fast"] = answer("student fast", student, resolve("fast"))
-        results["student fast, thinking"] = answer("student fast, thinking", student, resolve("fast", thinking="on"))
-        for budget in sorted({*e.budgets, default}):
-            name = "student auto" if budget == default else f"student auto {budget:g}"
-            results[name] = answer(name, student, resolve("auto", budget=budget))
-            curve.append({"budget": budget, "run": name})
-        results["student auto, thinking"] = answer("student auto, thinking", student, resolve("auto", thinking="on"))
-        results["student auto, direct"] = answer("student auto, direct", student, resolve("auto", thinking="off"))
-        out["decision"] = decision_quality(*(results[f"student auto{x}"] for x in ("", ", thinking", ", direct")))
-    for shift in SHIFTS if e.n_shifted else ():
-        if not (part := draw_problems(config, shift=shift)):
-            continue
-        shifted[shift] = {"think": answer(f"shift {shift}, think", student, think, part).to_dict()}
+    if dense is None:
+        skipped.append("dense baseline: the run made none (evaluation.dense_baseline)")
+    if config.data.has_problems:
+        think, direct = resolve("think"), resolve("think", thinking="off")
+        results["teacher think"] = answer("teacher think", teacher, think)
+        results["teacher direct"] = answer("teacher direct", teacher, direct)
+        results["student think"] = answer("student think", student, think)
+        if dense is not None:
+            results["dense think"] = answer("dense think", dense, think)
+            results["dense direct"] = answer("dense direct", dense, direct)
         if routed:
-            shifted[shift]["auto"] = answer(f"shift {shift}, auto", student, resolve("auto"), part).to_dict()
+            results["student fast"] = answer("student fast", student, resolve("fast"))
+            results["student fast, thinking"] = answer("student fast, thinking", student, resolve("fast", thinking="on"))
+            for budget in sorted({*e.budgets, default}):
+                name = "student auto" if budget == default else f"student auto {budget:g}"
+                results[name] = answer(name, student, resolve("auto", budget=budget))
+                curve.append({"budget": budget, "run": name})
+            results["student auto, thinking"] = answer("student auto, thinking", student, resolve("auto", thinking="on"))
+            results["student auto, direct"] = answer("student auto, direct", student, resolve("auto", thinking="off"))
+            out["decision"] = decision_quality(*(results[f"student auto{x}"] for x in ("", ", thinking", ", direct")))
+        for shift in SHIFTS if e.n_shifted else ():
+            if not (part := draw_problems(config, shift=shift)):
+                continue
+            shifted[shift] = {"think": answer(f"shift {shift}, think", student, think, part).to_dict()}
+            if routed:
+                shifted[shift]["auto"] = answer(f"shift {shift}, auto", student, resolve("auto"), part).to_dict()
 
     held_out = stages.source(config, tok, "valid", purpose=5).batch(0, n_rows=e.routing_rows)
     if routed:
         reference = stages.source(config, tok, "valid", purpose=6).batch(0, n_rows=e.routing_rows)
-        shares = sorted({*ROUTING_SHARES, default} - {0.0, 1.0})
+        shares = sorted({*e.routing_shares, default} - {0.0, 1.0})
         study = out["routing"] = routing_study(student, held_out, reference, tok.pad_id, shares, headline=default, seed=config.seed)
         gap = study["gap_closed"]
         note("routing study", "gap closed " + ("unknown" if gap is None else f"{gap:.0%} at {study['headline']:.0%} slow"))
         cases = out["ablations"] = ablations(student, held_out, tok.pad_id)
         note("ablations", ", ".join(f"{c['branch']} -> {c['replaced_by']} {c['delta_nll']:+.3f}" for c in cases["cases"]) + " nats per token")
-        out["gate_examples"] = gate_examples(student, tok, sentences(problems, results["student auto"]))
+        if config.data.has_problems:
+            out["gate_examples"] = gate_examples(student, tok, sentences(problems, results["student auto"]))
+    if texts := held_out_texts(config):
+
+        def note_text(name: str, records: list[dict]) -> None:
+            budgets = (f"{r['route'] if r['budget'] is None else format(r['budget'], 'g')} {r['perplexity']:.2f}" for r in records)
+            note(f"text, {name}", "perplexity " + ", ".join(budgets), perplexity=records[0]["perplexity"])
+
+        budgets = sorted({*e.budgets, default} - {0.0, 1.0})
+        out["text"] = evaluate_texts(student, tok, texts, budgets, e.text_window, e.text_tokens, note_text)
     text = held_out.tokens[held_out.tokens != tok.pad_id]
     out["speed"] = measure_speed(speed_cases(teacher, student, dense), text, repeats=3)
     note("speed", f"{len(out['speed']['rows'])} cases")
@@ -314,12 +326,23 @@ def run_evaluation(
     out["memory"] = {name: measure_memory(model) for name, model in models.items()}
     return {
         "about": about(student) | {"run": config.name, "seed": config.seed, "n_problems": len(problems), "evaluation_seconds": time.perf_counter() - started},
+        "problems": config.data.has_problems,
         "runs": {name: r.to_dict() for name, r in results.items()},
         "curve": curve,
         "shifts": shifted,
         **out,
         "skipped": skipped,
     }
+
+
+def held_out_texts(config: RunConfig) -> dict[str, list[str]]:
+    """Text that no stage has seen, by name: the test split of each corpus, what is held out of the user's text, and the files named for evaluation."""
+    d, e = config.data, config.evaluation
+    texts = {name: load_corpus(name, "test") for name in d.corpora}
+    if d.text and (own := load_documents(d.text, "valid")):
+        texts["held-out text"] = own
+    texts |= {Path(path).name: [read_text(path)] for path in e.text}
+    return texts | {f"{Path(path).name} (spacing undone)": [read_text(path, wikitext=True)] for path in e.wikitext}
 
 
 def sentences(problems: Sequence[Problem], auto: Result) -> list[Answer]:

@@ -112,6 +112,24 @@ def pareto(path: Path, curve: Sequence[tuple[str, Mapping[str, Any]]], points: M
     return _save(plt, figure, path)
 
 
+def text_curves(path: Path, texts: Mapping[str, Mapping[str, Any]]) -> str:
+    """Perplexity against computation per token, one panel per text (`evaluation["text"]`): auto as a line from fast to slow."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(texts), figsize=(4.2 * len(texts), 3.2), squeeze=False)
+    for ax, (name, text) in zip(axes[0], texts.items(), strict=True):
+        curve = sorted(text["routes"], key=lambda r: r["flops"])
+        ax.plot([r["flops"] / 1e6 for r in curve], [r["perplexity"] for r in curve], color=BLUE, linewidth=1.2, zorder=2)
+        for r in curve:
+            color, marker = {"slow": (BLACK, "s"), "fast": (RED, "^")}.get(r["route"], (BLUE, "o"))
+            here = (r["flops"] / 1e6, r["perplexity"])
+            ax.plot(*here, color=color, marker=marker, markersize=5, zorder=3)
+            label = r["route"] if r["budget"] is None else f"auto {r['budget']:g}"
+            ax.annotate(label, here, textcoords="offset points", xytext=(5, 4), fontsize=7, color=color)
+        ax.set(xlabel="computation per token (MFLOP)", ylabel="perplexity", title=name)
+    figure.tight_layout()
+    return _save(plt, figure, path)
+
+
 def routing(path: Path, shares: Sequence[Mapping[str, Any]]) -> str:
     """KL to the all-slow run against the share of slow tokens, per policy (`routing_study(...)["shares"]`)."""
     plt = _pyplot()

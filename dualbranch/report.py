@@ -39,12 +39,10 @@ def write_report(run_folder: str | os.PathLike) -> Path:
     stages = read_metrics(folder / "metrics.jsonl")
     parts = [
         headline(evaluation),
-        accuracy(evaluation, folder),
-        compute(evaluation, folder),
-        thinking(evaluation),
-        shifts(evaluation),
+        *((accuracy(evaluation, folder), compute(evaluation, folder), thinking(evaluation), shifts(evaluation)) if has_problems(evaluation) else ()),
+        text(evaluation, folder),
         routing(evaluation, folder),
-        heat_maps(evaluation, folder),
+        heat_maps(evaluation, folder) if has_problems(evaluation) else "",
         speed(evaluation),
         training(stages, folder, config),
         examples(evaluation),
@@ -100,6 +98,11 @@ def escape(text: str) -> str:
     return text.replace("<", "&lt;").replace(">", "&gt;")
 
 
+def has_problems(e: Mapping[str, Any]) -> bool:
+    """Whether problems were part of the run; a run on text alone has no section about them."""
+    return e.get("problems", True)
+
+
 def missing(what: str, why: str) -> str:
     return f"*{what}: not in this run ({why}).*"
 
@@ -139,6 +142,10 @@ def goals(e: Mapping[str, Any]) -> list[Goal]:
         measured, reached = judge() if all(n is not None for n in needs) else ("not measured", None)
         found.append(Goal(name, target, measured, reached))
 
+    for name, measured in e.get("text", {}).items():
+        found += text_goals(name, measured["routes"])
+    if not has_problems(e):
+        return found + gate_goals(e)
     teacher, direct, think, auto = (runs.get(n) for n in ("teacher think", "teacher direct", "student think", "student auto"))
     goal("Teacher with reasoning", ">= 95 % correct", [teacher], lambda: (percent(teacher["accuracy"]), teacher["accuracy"] >= 0.95))
 
@@ -211,7 +218,54 @@ def headline(e: Mapping[str, Any]) -> str:
     return "\n\n".join(text)
 
 
+def text_goals(name: str, routes: Sequence[Mapping[str, Any]]) -> list[Goal]:
+    """What conversion allows: perplexity over that of the slow route, for fast and for two budgets."""
+    found = []
+    for route, budget, allowed in (("fast", None, 1.45), ("auto", 0.5, 1.12), ("auto", 0.3, 1.25)):
+        for r in routes:
+            if (r["route"], r["budget"]) == (route, budget):
+                what = "Fast route" if budget is None else f"`auto` at {percent(budget, 0)} slow tokens"
+                found.append(Goal(f"{what}, perplexity on {name}", f"<= {allowed:g} x slow", f"{r['of_slow']:.3f} x", r["of_slow"] <= allowed))
+    return found
+
+
+def gate_goals(e: Mapping[str, Any]) -> list[Goal]:
+    """The gate of a converted model, at every share that was studied, and that both branches are used."""
+    found = []
+    for s in (e.get("routing") or {}).get("shares", ()):
+        closed = s["gap_closed"]["gate"]
+        if closed is not None:
+            found.append(Goal(f"Gate: share of the random-to-oracle gap closed at {percent(s['share'], 0)} slow", ">= 70 %", percent(closed, 0), closed >= 0.7))
+    if cut := e.get("ablations"):
+        least = min(c["delta_nll"] for c in cut["cases"])
+        found.append(Goal("Each branch is needed (replaced by zero or its mean)", ">= 0.1 nat", f"{least:+.3f} nats per token", least >= 0.1))
+    return found
+
+
 # ---- parts
+
+
+def text(e: Mapping[str, Any], folder: Path) -> str:
+    found = e.get("text")
+    if not found:
+        return ""
+    parts = ["## Text"]
+    for name, measured in found.items():
+        slow = measured["routes"][0]
+        rows = []
+        for r in measured["routes"]:
+            label = r["route"] if r["budget"] is None else f"auto, budget {r['budget']:g}"
+            quality = f"{r['perplexity']:.3f}", f"{r['of_slow']:.3f}", f"{r['bits_per_byte']:.4f}", percent(r["slow_share"])
+            rows.append((label, *quality, percent(r["second_looks"]), mflop(r["flops"]), percent(r["flops"] / slow["flops"], 0)))
+        about = f"**{escape(name)}**: {measured['n_tokens']:,} tokens, {measured['n_bytes']:,} bytes, windows of {measured['window']:,} tokens."
+        head = ("route", "perplexity", "of slow", "bits per byte", "slow tokens", "second looks", "MFLOP per token", "of slow")
+        parts += [about, table(head, rows)]
+    figure = plots.text_curves(folder / "plots" / "text.png", found)
+    parts.insert(1, (
+        "Text that no stage saw, teacher-forced, hard routing, each window on its own. MFLOP per token are means over all positions, logits included."
+        " *Second looks*: tokens that the gate let go fast and that went slow because the fast branch was unsure; they pay for both."
+    ))  # fmt: skip
+    return "\n\n".join([*parts, f"![Perplexity against computation](plots/{figure})"])
 
 
 def accuracy(e: Mapping[str, Any], folder: Path) -> str:

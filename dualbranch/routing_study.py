@@ -20,14 +20,14 @@ from torch import Tensor
 from dualbranch.accounting import token_flops
 from dualbranch.chat import render_prompt
 from dualbranch.data.packing import Rows
-from dualbranch.distill.losses import token_kl
+from dualbranch.distill.losses import by_tokens, token_kl
 from dualbranch.model import DualBranchModel
 from dualbranch.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from dualbranch.evaluate import Answer
 
-#: Rows per forward pass; bounds memory (logits of one chunk), not results.
+#: Rows per forward pass; bounds memory, not results. (Logits exist for fewer tokens at a time.)
 CHUNK = 16
 
 
@@ -55,9 +55,10 @@ def token_table(model: DualBranchModel, rows: Rows, pad_id: int) -> TokenTable:
     kl, g = [], []
     for part in chunks(rows):
         tokens, doc_start, real = rows.tokens[part].to(model.device), rows.doc_start[part].to(model.device), where[part]
-        slow = model(tokens, "slow", doc_start=doc_start).logits[real]
-        fast = model(tokens, "auto", threshold=float("-inf"), doc_start=doc_start)  # all fast, and the gate runs
-        kl.append(token_kl(slow, fast.logits[real]).cpu())
+        none = torch.zeros_like(tokens, dtype=torch.bool)
+        slow = model(tokens, "slow", doc_start=doc_start, logits_at=none).hidden[real]
+        fast = model(tokens, "auto", threshold=float("-inf"), doc_start=doc_start, logits_at=none)  # all fast, and the gate runs
+        kl.append(by_tokens(lambda a, b: token_kl(model.logits(a), model.logits(b)), model.config.vocab_size, slow, fast.hidden[real]).cpu())
         g.append(fast.g[real].cpu())
     column = torch.arange(rows.tokens.shape[1]).expand_as(rows.tokens)
     row = torch.arange(len(rows))[:, None].expand_as(rows.tokens)
@@ -121,19 +122,24 @@ class Case:
 
 def score(model: DualBranchModel, rows: Rows, cases: Mapping[str, Case]) -> dict[str, dict[str, float]]:
     """`{name: {"nll", "kl"}}` in nats per scored token (those with a loss weight): against the text, and KL(slow || case)."""
+
+    def compare(slow: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = model.logits(hidden)
+        return torch.stack([F.cross_entropy(logits, targets, reduction="none"), token_kl(model.logits(slow), logits)], dim=-1)
+
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in cases}
     n_scored = max(1, int((rows.loss_weights > 0).sum()))
     for part in chunks(rows):
         tokens, doc_start = rows.tokens[part].to(model.device), rows.doc_start[part].to(model.device)
         scored = (rows.loss_weights[part] > 0).to(model.device)
         targets = rows.targets[part].to(model.device)[scored]
-        slow = model(tokens, "slow", doc_start=doc_start).logits[scored]
+        none = torch.zeros_like(scored)
+        slow = model(tokens, "slow", doc_start=doc_start, logits_at=none).hidden[scored]
         for name, case in cases.items():
             route = case.route if isinstance(case.route, str) else case.route[part].to(model.device)
             with nullcontext() if case.branch is None else ablated(model, case.branch, case.replaced_by):
-                logits = model(tokens, route, doc_start=doc_start).logits[scored]
-            nll = F.cross_entropy(logits, targets, reduction="sum")
-            sums[name] += torch.stack([nll, token_kl(slow, logits).sum()]).double().cpu()
+                hidden = model(tokens, route, doc_start=doc_start, logits_at=none).hidden[scored]
+            sums[name] += by_tokens(compare, model.config.vocab_size, slow, hidden, targets).sum(0).double().cpu()
     return {name: {"nll": float(s[0]) / n_scored, "kl": float(s[1]) / n_scored} for name, s in sums.items()}
 
 
@@ -208,7 +214,10 @@ def ablated(model: DualBranchModel, branch: str, replaced_by: str) -> Iterator[N
 def ablations(model: DualBranchModel, rows: Rows, pad_id: int) -> dict:
     """Each branch replaced by zero and by its mean, under the gate at its default budget; `delta_nll > 0` means that it was needed."""
     where = rows.tokens != pad_id
-    route = torch.cat([model(rows.tokens[p].to(model.device), "auto", doc_start=rows.doc_start[p].to(model.device)).use_slow.cpu() for p in chunks(rows)])
+    none = torch.zeros_like(where).to(model.device)
+    route = torch.cat(
+        [model(rows.tokens[p].to(model.device), "auto", doc_start=rows.doc_start[p].to(model.device), logits_at=none[p]).use_slow.cpu() for p in chunks(rows)]
+    )
     cases = {f"{b} {r}": Case(route & where, b, r) for b in ("slow", "fast") for r in ("zero", "mean")}
     scores = score(model, rows, {"intact": Case(route & where), **cases})
     intact = scores["intact"]

@@ -7,6 +7,7 @@ a key given twice is an error.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -61,6 +62,14 @@ def load_yaml(
             if key == error.path or key.startswith(error.path + ".") or error.path.startswith((key + ".", key + "[")):
                 raise ConfigError(f"--set {override}: {error}", error.path) from error
         raise ConfigError(f"{path}: {error}", error.path) from error
+
+
+def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of nested `values` with overrides like `"gate.budget=0.2"` applied. Raises ConfigError for a malformed one."""
+    changed = copy.deepcopy(dict(values))
+    for one in overrides:
+        _apply_override(changed, one)
+    return changed
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:

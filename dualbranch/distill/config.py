@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -144,7 +145,8 @@ class EvaluationConfig:
     """`n_problems` test problems per task (all levels and both languages), `n_shifted` per task and shift, budgets of the `auto` curve.
 
     `routing_shares`: shares of slow tokens at which routing policies are compared; the default budget is added. `text_tokens`: held-out text of
-    each kind whose perplexity is measured, in windows of `text_window` tokens; `text`: files of the user's own for that.
+    each kind whose perplexity is measured, in windows of `text_window` tokens; `text`: more files for that, `wikitext`: such whose WikiText
+    token spacing is undone first.
     """
 
     n_problems: int = 60
@@ -153,6 +155,7 @@ class EvaluationConfig:
     routing_rows: int = 64
     routing_shares: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7)
     text: tuple[str, ...] = ()
+    wikitext: tuple[str, ...] = ()
     text_tokens: int = 32_768
     text_window: int = 1024
     max_tokens: int = 448
@@ -209,9 +212,7 @@ def complete_from_teacher(values: dict[str, Any]) -> dict[str, Any]:
     checkpoint = teacher.get("checkpoint")
     if not isinstance(checkpoint, str) or student.get("init", "teacher") != "teacher" or all(f in given for f in to_dict(DualBranchConfig())):
         return values
-    from dualbranch.checkpoint import load
-
-    found = load(checkpoint, dtype="bfloat16").model.config  # half the memory: only its sizes are wanted
+    found = config_of_checkpoint(checkpoint)
     named = any(name in given for name in BRANCH_SETTINGS)
     model = to_dict(found) | to_dict({name: getattr(DualBranchConfig(), name) for name in BRANCH_SETTINGS} if named else branch_for(found)) | given
     whole = from_dict(RunConfig, {"model": model}).model
@@ -222,6 +223,14 @@ def complete_from_teacher(values: dict[str, Any]) -> dict[str, Any]:
                 f"model.{name}",
             )
     return values | {"model": model}
+
+
+@functools.lru_cache(maxsize=2)
+def config_of_checkpoint(path_or_name: str) -> DualBranchConfig:
+    """The sizes and dialect of what `dualbranch.load` finds. Raises what it raises."""
+    from dualbranch.checkpoint import load
+
+    return load(path_or_name, dtype="bfloat16").model.config  # half the memory: the weights are not wanted
 
 
 def branch_for(c: DualBranchConfig) -> dict[str, Any]:

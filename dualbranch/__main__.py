@@ -1,0 +1,7 @@
+"""`python -m dualbranch` is the command `dualbranch`."""
+
+import sys
+
+from dualbranch.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Sub-commands of `dualbranch`, one module each; `dualbranch/cli.py` lists them."""

@@ -1,0 +1,85 @@
+"""`dualbranch eval MODEL --on text FILE | corpus NAME | tasks`: what each route and budget gives, and what it costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from dualbranch.checkpoint import load
+from dualbranch.cli import add_model
+
+ON = ("text", "corpus", "tasks")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--on", nargs="+", required=True, metavar="WHAT", help="text FILE..., corpus NAME..., or tasks [NAME...]")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.3, 0.5], metavar="B", help="allowed shares of slow tokens (default: 0.1 0.3 0.5)")
+    parser.add_argument("--wikitext", action="store_true", help="undo WikiText's token spacing ( @-@ , space before punctuation) first")
+    parser.add_argument("--last", type=float, default=1.0, metavar="SHARE", help="only the last share of each file's lines, e.g. 0.2")
+    parser.add_argument("--window", type=int, default=1024, metavar="N", help="tokens read at once (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="of each text, windows spread evenly over it (default: all of it)")
+    parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="of a corpus (default: %(default)s)")
+    parser.add_argument("--n-problems", type=int, default=24, metavar="N", help="per task (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print everything measured as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    kind, *names = args.on
+    if kind not in ON or (kind != "tasks" and not names):
+        raise ValueError(f"--on is {' '.join(args.on)!r}; needed text FILE..., corpus NAME..., or tasks [NAME...]")
+    found = on_tasks(args, names) if kind == "tasks" else on_text(args, kind, names)
+    if args.json:
+        print(json.dumps(found, ensure_ascii=False))
+    return 0
+
+
+def on_text(args: argparse.Namespace, kind: str, names: list[str]) -> dict:
+    """Prints one line per text, route and budget; returns what `evaluate_texts` does."""
+    from dualbranch.data.corpora import load_corpus
+    from dualbranch.gate import check_budget
+    from dualbranch.text_eval import evaluate_texts, read_text
+
+    budgets = sorted({check_budget(b) for b in args.budgets})
+    texts = {name: [read_text(name, args.wikitext, args.last)] if kind == "text" else load_corpus(name, args.split) for name in names}
+    loaded = load(args.model, accept_terms=args.accept_gemma_terms)
+
+    def note(name: str, records: list[dict]) -> None:
+        print(f"{name}" + (", WikiText's token spacing undone" if args.wikitext else ""), file=out)
+        for r in records:
+            label = r["route"] if r["budget"] is None else f"auto {r['budget']:g}"
+            print(
+                f"  {label:10} perplexity {r['perplexity']:9.3f} ({r['of_slow']:.3f} of slow)  {r['bits_per_byte']:.4f} bits per byte"
+                f"  {r['slow_share']:6.1%} slow  {r['flops'] / 1e6:,.1f} MFLOP per token", file=out,
+            )  # fmt: skip
+
+    out = sys.stderr if args.json else sys.stdout
+    return evaluate_texts(loaded.model, loaded.tokenizer, texts, budgets, args.window, args.max_tokens, note)
+
+
+def on_tasks(args: argparse.Namespace, names: list[str]) -> dict:
+    """Prints accuracy by mode; returns the results as dicts."""
+    from dualbranch.data.tasks import TASKS
+    from dualbranch.distill.config import EvaluationConfig, RunConfig
+    from dualbranch.evaluate import draw_problems, evaluate
+    from dualbranch.modes import resolve
+    from dualbranch.sampling import SamplingParams
+
+    if unknown := sorted(set(names) - set(TASKS)):
+        raise ValueError(f"unknown tasks {unknown}; there are {', '.join(TASKS)}")
+    loaded = load(args.model, accept_terms=args.accept_gemma_terms)
+    model, tok = loaded.model, loaded.tokenizer
+    problems = draw_problems(RunConfig(evaluation=EvaluationConfig(n_problems=args.n_problems)), names)
+    thinking = ("on", "off") if tok.thinks else ("off",)
+    modes = {f"slow, thinking {t}": resolve("think", thinking=t) for t in thinking}
+    if model.gate is not None and model.calibration is not None:
+        modes |= {f"fast, thinking {t}": resolve("fast", thinking=t) for t in thinking}
+        modes |= {f"auto {b:g}": resolve("auto", thinking="auto" if tok.thinks else "off", budget=b) for b in args.budgets}
+    found = {}
+    for name, mode in modes.items():
+        r = evaluate(model, tok, problems, mode, SamplingParams(max_tokens=args.max_tokens or 448))
+        found[name] = r.to_dict()
+        text = f"{r.overall.accuracy:6.1%} of {r.overall.n} right  {r.overall.flops / 1e6:,.0f} MFLOP per problem  {r.overall.slow_share:.0%} slow"
+        print(f"  {name:18} {text}", file=sys.stderr if args.json else sys.stdout)
+    return found

@@ -1,0 +1,26 @@
+"""`dualbranch import MODEL --out FOLDER`: a public model as a dense checkpoint of ours, logits unchanged."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dualbranch.checkpoint import load, save_checkpoint
+from dualbranch.cli import add_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the checkpoint goes; may not exist yet, or be empty")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights on disk (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = Path(args.out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; give --out another folder")
+    found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms)
+    save_checkpoint(folder, found.model, found.tokenizer, found.extra, args.dtype)
+    c = found.model.config
+    print(f"{folder}: {sum(p.numel() for p in found.model.parameters()):,} parameters, {c.n_layers} layers of width {c.d_model}, {c.vocab_size:,} tokens")
+    return 0

@@ -1,0 +1,267 @@
+"""A public checkpoint becomes a dual-branch model: pipeline on text alone, sizes from the teacher, logits in slices, text evaluation, commands."""
+
+from __future__ import annotations
+
+import bz2
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from public_models import tokenizer_of, write_folder
+from safetensors.torch import save_file
+
+from dualbranch import load
+from dualbranch.checkpoint import load_checkpoint
+from dualbranch.cli import main as cli
+from dualbranch.commands import converting
+from dualbranch.config import DualBranchConfig
+from dualbranch.data import corpora
+from dualbranch.data.packing import pack
+from dualbranch.distill import losses
+from dualbranch.distill.config import BRANCH_SETTINGS, DataConfig, complete_from_teacher, load_run
+from dualbranch.distill.cut import init_from_teacher
+from dualbranch.distill.sources import BatchSource
+from dualbranch.model import DualBranchModel
+from dualbranch.schema import ConfigError
+from dualbranch.text_eval import cut_windows, read_text, text_quality, undo_wikitext
+from kernels import SparseSpec
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = ["student.steps=3", "student.refit_rows=4", "gate.rows=4", "gate.steps=5", "gate.calibration_rows=4", "data.seq_len=64", "save_every=2",
+            "evaluation.routing_rows=4", "evaluation.text_tokens=256", "evaluation.text_window=64", "model.sparse.dense_len=16", "model.sparse.window=16",
+            "model.sparse.n_selected_blocks=1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory) -> Path:
+    """A random llama with four layers and three K/V heads, as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("public") / "llama"
+    write_folder(folder, "smollm2")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 64}
+    n = tokenizer_of("smollm2").vocab_size
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": n, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+              "rope_theta": 10000.0, "max_position_embeddings": 128, "hidden_act": "silu", **sizes}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"model.embed_tokens.weight": (n, 48), "model.norm.weight": (48,)}
+    for i in range(4):
+        p = f"model.layers.{i}."
+        shapes |= {p + "input_layernorm.weight": (48,), p + "post_attention_layernorm.weight": (48,), p + "self_attn.o_proj.weight": (48, 48)}
+        shapes |= {p + f"self_attn.{x}_proj.weight": (rows, 48) for x, rows in (("q", 48), ("k", 24), ("v", 24))}
+        shapes |= {p + "mlp.gate_proj.weight": (64, 48), p + "mlp.up_proj.weight": (64, 48), p + "mlp.down_proj.weight": (48, 64)}
+    save_file({k: torch.ones(s) if len(s) == 1 else torch.randn(s, generator=generator) * 0.3 for k, s in shapes.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory) -> Path:
+    rng, words = random.Random(0), "the user sees a river in the old town while rain falls on slow hills".split()
+    documents = [" ".join(rng.choices(words, k=60)) + f" {i}." for i in range(120)]
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n<|endoftext|>\n".join(documents))
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(public, text_file, tmp_path_factory) -> Path:
+    """A whole run by the command, interrupted by nothing; read only."""
+    out = tmp_path_factory.mktemp("runs") / "llama"
+    assert cli(["convert", str(public), "--text", str(text_file), "--out", str(out), *(x for s in SETTINGS for x in ("--set", s))]) == 0
+    return out
+
+
+def test_a_converted_model_is_the_original_on_route_slow_bit_for_bit(converted, public):
+    student, tok = load_checkpoint(converted / "gate")
+    teacher = load(public).model
+    t = torch.randint(5, tok.vocab_size, (2, 70))
+    assert torch.equal(student(t, "slow").logits, teacher(t).logits)
+    assert not torch.equal(student(t, "fast").logits, teacher(t).logits)
+    assert student.calibration is not None and student.config.n_stem == 1 and student.config.n_tail == 1
+
+
+def test_the_report_of_a_text_run_has_text_and_no_problems(converted):
+    report = (converted / "report.md").read_text()
+    assert "## Text" in report and "held-out text" in report and (converted / "plots" / "text.png").exists()
+    for absent in ("## Accuracy", "Deciding to think", "## Shifted problems", "What the gate sends slow", "Teacher with reasoning"):
+        assert absent not in report
+    evaluation = json.loads((converted / "evaluation.json").read_text())
+    routes = {(r["route"], r["budget"]): r for r in evaluation["text"]["held-out text"]["routes"]}
+    assert routes["slow", None]["of_slow"] == 1.0 and routes["fast", None]["slow_share"] == 0.0
+    assert routes["fast", None]["flops"] < routes["auto", 0.3]["flops"] < routes["slow", None]["flops"]
+
+
+def test_training_state_holds_trained_weights_only(converted):
+    state = next((converted / "student" / "state").glob("step-*"))
+    names = json.loads((state / "state.json").read_text())["model"]["dict"]
+    assert names and all(".fast." in name for name, _ in names)
+
+
+def test_a_resumed_conversion_changes_nothing(converted, public, text_file):
+    before = (converted / "evaluation.json").read_text()
+    args = ["convert", str(public), "--text", str(text_file), "--out", str(converted), *(x for s in SETTINGS for x in ("--set", s))]
+    assert cli(args) == 2  # taken
+    assert cli([*args, "--resume"]) == 0
+    assert (converted / "evaluation.json").read_text() == before
+
+
+def test_model_settings_left_open_come_from_the_teacher_and_contradictions_are_refused(public):
+    run = {"teacher": {"checkpoint": str(public)}}
+    model = complete_from_teacher(run | {"model": {"fast_n_heads": 3, "fast_d_ff": 16}})["model"]
+    assert (model["d_model"], model["n_heads"], model["n_kv_heads"], model["fast_n_heads"], model["norm_eps"]) == (48, 6, 3, 3, 1e-5)
+    assert complete_from_teacher(run)["model"]["fast_n_heads"] == 3  # of two heads a group, one
+    with pytest.raises(ConfigError, match=r"model.d_ff is 32, but the teacher .* has 64"):
+        complete_from_teacher(run | {"model": {"d_ff": 32, "fast_n_heads": 3}})
+    with pytest.raises(ConfigError, match="n_kv_heads"):
+        complete_from_teacher(run | {"model": {"fast_n_heads": 4}})
+
+
+def test_configs_say_what_the_command_does():
+    import yaml
+
+    said = yaml.safe_load((ROOT / "configs/smollm2-135m.yaml").read_text())
+    assert {k: said[k] for k in converting.CONVERSION} == converting.CONVERSION
+    assert set(said["model"]) == set(BRANCH_SETTINGS)
+    slim = yaml.safe_load((ROOT / "configs/smollm2-135m-slim.yaml").read_text())["model"]
+    kv, per_head, per_neuron = 2 * 576 * 3 * 64, 2 * 576 * 64, 3 * 576  # SmolLM2-135M
+    dense = kv + 9 * per_head + 1536 * per_neuron
+    assert (kv + slim["fast_n_heads"] * per_head + slim["fast_d_ff"] * per_neuron) / dense <= 0.30
+    assert 576 * said["model"]["d_gate"] < 0.01 * dense
+
+
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_a_loss_in_slices_has_the_value_and_gradient_of_the_whole(monkeypatch, head_trains):
+    generator = torch.Generator().manual_seed(0)
+    w, hidden, goal = (torch.randn(*s, generator=generator) for s in ((50, 8), (33, 8), (33, 50)))
+    targets, weights = torch.randint(50, (33,), generator=generator), torch.rand(33, generator=generator)
+    found = []
+    for at_once in (2**24, 50 * 7):
+        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+        x, head = hidden.clone().requires_grad_(), w.clone().requires_grad_(head_trains)
+
+        def loss(x, goal, targets, weights, head=head):
+            logits = x @ head.T
+            return {"hard": losses.hard_loss(logits, targets, weights), "soft": losses.distill_loss(goal, logits, weights)}
+
+        parts = losses.token_loss(loss, 50, x, (goal, targets, weights), [head])
+        (sum(parts.values()) / 3).backward()
+        found.append([*parts.values(), x.grad, *([head.grad] if head_trains else [])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_text_rows_are_each_seen_once_per_epoch(text_file):
+    tok = tokenizer_of("smollm2")
+    data = BatchSource(DataConfig(text=(str(text_file),), text_share=1.0, seq_len=64, batch_rows=3), tok, 0, 16)
+    n = len(data.packed)
+    rows = torch.cat([data.batch(step).tokens for step in range(-(-2 * n // 3))])[: 2 * n]
+    for epoch in (rows[:n], rows[n:]):
+        assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, data.packed.tokens.tolist()))
+    assert not torch.equal(rows[:n], rows[n:])
+    assert torch.equal(data.batch(5).tokens, rows[15:18])
+    first = data.packed.doc_start == torch.arange(64)
+    assert data.packed.tokens[first].ne(tok.bos_id).all()  # this family opens a text with nothing
+    assert float(data.packed.loss_weights.sum()) == data.packed.n_tokens - data.packed.n_documents
+
+
+@pytest.mark.parametrize("dialect", [{}, {"post_norms": True, "qk_norm": True, "attn_scale": 0.2, "embed_scale": 3.0, "logit_softcap": 30.0,
+                                          "sliding_layers": (0, 2), "sliding_window": 12, "sliding_rope_theta": 500.0}])  # fmt: skip
+def test_a_branch_as_wide_as_the_teacher_is_cut_without_loss(dialect):
+    sparse = SparseSpec(8, 4, 16, 2, 64)
+    c = DualBranchConfig(64, 32, 3, 3, 0, 4, 2, 8, 48, 4, 48, sparse, **dialect)
+    teacher, student = DualBranchModel(c), DualBranchModel(DualBranchConfig(64, 32, 3, 1, 0, 4, 2, 8, 48, 4, 48, sparse, **dialect))
+    teacher.init_weights(0)
+    with torch.no_grad():
+        teacher.embed.weight.mul_(20)
+    student.init_weights(1)
+    generator = torch.Generator().manual_seed(0)
+    rows = pack([(torch.randint(1, 64, (40,), generator=generator).tolist(), [0.0] + [1.0] * 39) for _ in range(16)], 48, 8, 0)
+    init_from_teacher(student, teacher, rows)
+    with torch.no_grad():
+        fast, slow = (m(rows.tokens, r, doc_start=rows.doc_start).logits for m, r in ((student, "fast"), (teacher, "slow")))
+    assert float((fast - slow).square().mean() / slow.square().mean()) < 0.02
+
+
+def test_perplexity_of_windows_is_that_of_a_plain_loop(tiny):
+    model, tok = tiny
+    windows = cut_windows(tok, ["how many apples are left after three people take two " * 6], 40)
+    found = {(r["route"], r["budget"]): r for r in text_quality(model, windows, (0.3,), second_looks=False)}
+    for route, budget in found:
+        nll = n = slow = 0.0
+        for t in windows.tokens:
+            with torch.no_grad():
+                out = model(t[None], route, budget=budget) if route == "auto" else model(t[None], route)
+            nll += float(F.cross_entropy(out.logits[0, :-1], t[1:], reduction="sum"))
+            slow += len(t) if route == "slow" else int(out.use_slow.sum())
+            n += len(t)
+        assert found[route, budget]["nll"] == pytest.approx(nll / windows.n_tokens, rel=1e-5)
+        assert found[route, budget]["slow_share"] == pytest.approx(slow / n)
+    slow = found["slow", None]
+    text = "how many apples are left after three people take two " * 6
+    assert windows.n_bytes == len(text.encode())  # this tokenizer opens each window, so every byte is predicted
+    assert slow["bits_per_byte"] == pytest.approx(slow["nll"] * windows.n_tokens / math.log(2) / windows.n_bytes)
+
+
+def test_wikitext_spacing_is_undone(tmp_path):
+    assert undo_wikitext('well @-@ known , 1 @,@ 200 ( about 3 @.@ 5 ) it \'s " good " .') == "well-known, 1,200 (about 3.5) it's \"good\"."
+    (tmp_path / "t.txt").write_text("a\nb\nc\nd ,\n")
+    assert read_text(tmp_path / "t.txt", wikitext=True, last=0.25) == "d,\n"
+    with pytest.raises(ValueError, match="can't be read"):
+        read_text(tmp_path / "none.txt")
+
+
+DUMP = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/"><page><title>Rain</title><ns>0</ns><revision><text>{{Infobox|a={{b}}}}
+'''Rain''' is [[liquid water|water]] in [[drop]]s.&lt;ref name="x"&gt;A [[book]]&lt;/ref&gt; {| class="t"
+|-
+| cell
+|}
+[[File:Rain.jpg|thumb|A [[street]] in rain]]
+== Causes ==
+* one &amp;nbsp;two ( ) [http://example.org a site] LONG
+==References==
+{{reflist}} gone</text></revision></page><page><title>Old</title><ns>0</ns><redirect title="Rain"/><revision><text>#REDIRECT [[Rain]]</text></revision>
+</page></mediawiki>"""
+
+
+def test_wiki_markup_becomes_running_text():
+    (title, text), = corpora.read_wikipedia(bz2.compress(DUMP.replace("LONG", "word " * 120).encode()))
+    assert title == "Rain" and text.startswith("Rain\n\nRain is water in drops.\n\nCauses\n\none two a site word word")
+    assert not any(mark in text for mark in ("[[", "{{", "{|", "|", "''", "<", "gone", "cell", "street", "=="))
+
+
+def test_corpora_are_split_by_title_and_unknown_ones_refused():
+    shares = [corpora.split_of_title(f"title {i}") for i in range(4000)]
+    assert 0.06 < shares.count("valid") / 4000 < 0.10 and 0.06 < shares.count("test") / 4000 < 0.10
+    with pytest.raises(ValueError, match="there are wikipedia, sanguo"):
+        corpora.load_corpus("nowhere", "train")
+    chapters = list(corpora.read_sanguo(json.dumps(["第一回 甲\n\n \n\t话说", " \n"]).encode()))
+    assert chapters == [("第一回 甲", "第一回 甲\n话说\n")]
+
+
+def test_the_command_imports_and_evaluates(public, text_file, tmp_path, capsys):
+    assert cli(["import", str(public), "--out", str(tmp_path / "m")]) == 0
+    t = torch.randint(5, 200, (1, 20))
+    assert torch.equal(load(tmp_path / "m").model(t).logits, load(public).model(t).logits)
+    assert cli(["import", str(public), "--out", str(tmp_path / "m")]) == 2
+    capsys.readouterr()
+    assert cli(["eval", str(tmp_path / "m"), "--on", "text", str(text_file), "--max-tokens", "128", "--window", "64", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [r["route"] for r in found[str(text_file)]["routes"]] == ["slow"]
+
+
+WRONG = ["eval nowhere --on text", "eval nowhere --on text nofile", "eval nowhere --on corpus nothing", "convert nowhere", "frobnicate", ""]
+
+
+@pytest.mark.parametrize("argv", [line.split() for line in WRONG])
+def test_what_a_user_can_get_wrong_ends_in_one_line_and_code_2(argv, capsys):
+    assert cli(argv) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_config_of_a_public_teacher_is_complete(public, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"teacher: {{checkpoint: {public}}}\nmodel: {{fast_n_heads: 3}}\n")
+    config = load_run(tmp_path / "c.yaml")
+    assert (config.model.d_model, config.model.fast_n_heads, config.model.n_stem) == (48, 3, 1)
