@@ -18,6 +18,7 @@ import pytest
 
 from dualbranch import accounting
 from dualbranch.config import DualBranchConfig
+from dualbranch.distill import config as run_config
 from dualbranch.distill.config import RunConfig
 from dualbranch.infer import build_parser
 from dualbranch.schema import load_yaml
@@ -101,8 +102,11 @@ def test_relative_links_resolve(page):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_config_loads_and_builds_a_model_config(path):
-    config = load_yaml(path, RunConfig)
+def test_config_loads_and_builds_a_model_config(path, monkeypatch):
+    smollm2 = DualBranchConfig(49152, 576, 30, 30, n_heads=9, n_kv_heads=3, head_dim=64, d_ff=1536, fast_n_heads=3, max_seq_len=8192)
+    real = run_config.config_of_checkpoint
+    monkeypatch.setattr(run_config, "config_of_checkpoint", lambda name: smollm2 if name == "smollm2-135m-instruct" else real(name))  # no download
+    config = run_config.load_run(path)
     assert isinstance(config.model, DualBranchConfig)
     assert config.name == path.stem, "a run's folder should carry its config's name"
     assert config.data.seq_len <= config.model.max_seq_len

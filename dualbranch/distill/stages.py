@@ -162,8 +162,8 @@ def train_student(
     batch = Prefetcher(lambda step: data.batch(step % s.distinct_batches if s.distinct_batches else step), s.steps, config.data.workers)
 
     def at_head(logits: Tensor, goal: Tensor, targets: Tensor, weights: Tensor, soft_w: Tensor) -> dict[str, Tensor]:
-        hard = s.hard * hard_loss(logits, targets, weights)
-        return {"hard": hard, "soft": s.soft * distill_loss(goal, logits, soft_w, s.temperature)}
+        hard = {"hard": s.hard * hard_loss(logits, targets, weights)} if s.hard else {}  # over a large vocabulary not free
+        return hard | {"soft": s.soft * distill_loss(goal, logits, soft_w, s.temperature)}
 
     def at_streams(hidden: Tensor, goal: Tensor, *columns: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -273,9 +273,10 @@ def train_gate(config: RunConfig, tok: Tokenizer, model: DualBranchModel, log: L
         gate_loss.backward()
         optimizer.step()
         log({"stage": "gate", "step": step, "loss": float(gate_loss.detach())})
-    held_out, _, confidence = collect(model, tok, source(config, tok, "valid", purpose=3), c.calibration_rows)
+    held_out, kl, confidence = collect(model, tok, source(config, tok, "valid", purpose=3), c.calibration_rows)
+    fast, slow = (model.cost(route, n_cached=128).flops for route in ("fast", "slow"))
     with torch.no_grad():
-        model.calibration = Calibration.measure(gate(held_out), confidence, c.default_budget)
+        model.calibration = Calibration.measure(gate(held_out), confidence, kl, c.default_budget, fast / slow)
     if tok.thinks and config.data.has_problems:
         model.calibration = calibrate_thinking(config, tok, model, log)
 
