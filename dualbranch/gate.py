@@ -67,33 +67,41 @@ class Calibration:
         return float("-inf") if budget == 0.0 else float("inf") if budget == 1.0 else self._between(budget, self.thresholds)
 
     def confidence(self, budget: float | None = None) -> float:
-        """The confidence below which a decoded fast token gets a second look; 0 (never) at budget 0."""
+        """The confidence below which a decoded fast token gets a second look; 0 (never) at budgets 0 and 1, and where looks do not pay."""
         budget = self.default_budget if budget is None else check_budget(budget)
-        return self._between(budget, self.confidences) if self.confidences and budget else 0.0
+        return self._between(budget, self.confidences, last=0.0) if self.confidences else 0.0
 
-    def _between(self, budget: float, values: tuple[float, ...]) -> float:
-        xs, ys = (0.0, *self.budgets, 1.0), (0.0, *values, 1.0)
+    def _between(self, budget: float, values: tuple[float, ...], last: float = 1.0) -> float:
+        xs, ys = (0.0, *self.budgets, 1.0), (0.0, *values, last)
         i = next(i for i in range(1, len(xs)) if budget <= xs[i])
         return ys[i - 1] + (ys[i] - ys[i - 1]) * (budget - xs[i - 1]) / (xs[i] - xs[i - 1])
 
     @staticmethod
-    def measure(g: Tensor, confidence: Tensor | None = None, default_budget: float = 0.3) -> Calibration:
-        """From gate values `g (n,)` of held-out tokens and the fast branch's `confidence (n,)` in its prediction, 1 where nobody uses it.
+    def measure(g: Tensor, confidence: Tensor | None = None, kl: Tensor | None = None, default_budget: float = 0.3, look_cost: float = 0.5) -> Calibration:
+        """From gate values `g (n,)` of held-out tokens, the fast branch's `confidence (n,)` in its prediction (1 where nobody uses it), and what each
+        token gains by going slow, `kl (n,)`.
 
-        Without `confidence` there are no second looks.
+        A budget is shared with second looks where they gain more than the gate alone would for the same FLOPs; a look wastes `look_cost` of a slow
+        token on the fast one before it. (Unsure means wrong in a calculation, but not in prose, where the slow branch is as unsure.) Without
+        `confidence` there are none; without `kl` they are taken to pay.
         """
         budgets = tuple(round(0.05 * i, 2) for i in range(1, 20))
         g = g.double().flatten().cpu()
-        if confidence is None:
-            return Calibration(budgets, tuple(float(torch.quantile(g, b)) for b in budgets), default_budget)
-        confidence = confidence.double().flatten().cpu()
-        thresholds, confidences = [], []
-        for budget in budgets:
-            looks = min(budget / 2, MOST_SECOND_LOOKS)
-            thresholds.append(float(torch.quantile(g, budget - looks)))
-            fast = torch.where(g < thresholds[-1], 1.0, confidence)
-            confidences.append(float(torch.quantile(fast, looks)))
-        return Calibration(budgets, tuple(thresholds), default_budget, confidences=tuple(confidences))
+        thresholds = [float(torch.quantile(g, b)) for b in budgets]
+        confidences = [0.0] * len(budgets)
+        if confidence is not None:
+            confidence = confidence.double().flatten().cpu()
+            for i, budget in enumerate(budgets):
+                looks = min(budget / 2, MOST_SECOND_LOOKS)
+                threshold = float(torch.quantile(g, budget - looks))
+                of_fast = torch.where(g < threshold, 1.0, confidence)
+                least = float(torch.quantile(of_fast, looks))
+                if kl is not None:
+                    alone = g < torch.quantile(g, min(1.0, budget + looks * look_cost))
+                    if kl[(g < threshold) | (of_fast < least)].sum() <= kl[alone].sum():
+                        continue
+                thresholds[i], confidences[i] = threshold, least
+        return Calibration(budgets, tuple(thresholds), default_budget, confidences=tuple(confidences) if any(confidences) else ())
 
 
 def check_budget(budget: float) -> float:

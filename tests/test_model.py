@@ -151,8 +151,13 @@ def test_gate_and_second_looks_share_the_budget():
         again = ~gated & (confidence < c.confidence(budget))
         assert float((gated | again).float().mean()) == pytest.approx(budget, abs=0.002)
         assert float(again.float().mean()) == pytest.approx(min(budget / 2, MOST_SECOND_LOOKS), abs=0.002)
-    assert c.confidence(0.0) == 0.0 and c.threshold(1.0) == float("inf")
+    assert c.confidence(0.0) == c.confidence(1.0) == 0.0 and c.threshold(1.0) == float("inf")
     assert Calibration.measure(g).confidence(0.5) == 0.0
+    # looks are taken only where they gain more than the gate does for the same FLOPs
+    unsure = Calibration.measure(g, confidence, kl=(confidence < 0.1).float())
+    assert (unsure.thresholds[:17], unsure.confidences[:17]) == (c.thresholds[:17], c.confidences[:17])
+    gated = Calibration.measure(g, confidence, kl=1 - g)
+    assert gated.confidences == () and float((g < gated.threshold(0.3)).float().mean()) == pytest.approx(0.3, abs=0.002)
 
 
 @torch.no_grad()
