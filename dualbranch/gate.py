@@ -69,10 +69,10 @@ class Calibration:
     def confidence(self, budget: float | None = None) -> float:
         """The confidence below which a decoded fast token gets a second look; 0 (never) at budgets 0 and 1, and where looks do not pay."""
         budget = self.default_budget if budget is None else check_budget(budget)
-        return self._between(budget, self.confidences, last=0.0) if self.confidences else 0.0
+        return 0.0 if not self.confidences or budget in (0.0, 1.0) else self._between(budget, self.confidences)
 
-    def _between(self, budget: float, values: tuple[float, ...], last: float = 1.0) -> float:
-        xs, ys = (0.0, *self.budgets, 1.0), (0.0, *values, last)
+    def _between(self, budget: float, values: tuple[float, ...]) -> float:
+        xs, ys = (0.0, *self.budgets, 1.0), (0.0, *values, 1.0)
         i = next(i for i in range(1, len(xs)) if budget <= xs[i])
         return ys[i - 1] + (ys[i] - ys[i - 1]) * (budget - xs[i - 1]) / (xs[i] - xs[i - 1])
 
