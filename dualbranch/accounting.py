@@ -32,7 +32,7 @@ def kv_params(c: DualBranchConfig) -> int:
 
 
 def gate_params(c: DualBranchConfig) -> int:
-    return 0 if c.is_dense else c.d_model * c.d_gate + c.d_gate
+    return 0 if c.is_dense or c.fast_only else c.d_model * c.d_gate + c.d_gate
 
 
 def fast_keys(c: DualBranchConfig, n_visible: int) -> int:
@@ -48,17 +48,16 @@ def norm_params(c: DualBranchConfig) -> int:
 
 def total_params(c: DualBranchConfig) -> int:
     """Parameter count of `DualBranchModel(c)`, without building it."""
-    norms_and_biases = 0
-    for n_heads, dual in ((c.n_heads, False), *(((c.fast_n_heads, True),) if not c.is_dense else ())):
-        layers = len(c.dual_layers) if dual else c.n_layers
-        per_layer = norm_params(c) + (n_heads * c.head_dim if c.qkv_bias else 0)
-        if not dual:  # the shared part: attention norm, key norm, K/V biases
-            per_layer += c.d_model + (c.head_dim if c.qk_norm else 0) + (2 * c.n_kv_heads * c.head_dim if c.qkv_bias else 0)
-        norms_and_biases += layers * per_layer
-    matrices = c.n_layers * (kv_params(c) + branch_params(c, c.n_heads, c.d_ff))
-    matrices += len(c.dual_layers) * branch_params(c, c.fast_n_heads, c.fast_d_ff)
+    n_dual = len(c.dual_layers)
+    n_slow = c.n_layers - n_dual if c.fast_only else c.n_layers
+    norms_and_biases = n_slow * norm_params(c) + n_dual * norm_params(c)
+    norms_and_biases += (n_slow * c.n_heads + n_dual * c.fast_n_heads) * c.head_dim if c.qkv_bias else 0
+    # the shared part: attention norm, key norm, K/V biases
+    norms_and_biases += c.n_layers * (c.d_model + (c.head_dim if c.qk_norm else 0) + (2 * c.n_kv_heads * c.head_dim if c.qkv_bias else 0))
+    matrices = c.n_layers * kv_params(c) + n_slow * branch_params(c, c.n_heads, c.d_ff)
+    matrices += n_dual * branch_params(c, c.fast_n_heads, c.fast_d_ff)
     embeddings = c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
-    gate = 0 if c.is_dense else gate_params(c) + c.d_model + c.d_gate + 1
+    gate = 0 if c.is_dense or c.fast_only else gate_params(c) + c.d_model + c.d_gate + 1
     return embeddings + matrices + norms_and_biases + c.d_model + gate
 
 
@@ -99,6 +98,8 @@ def token_cost(c: DualBranchConfig, route: str | float, n_cached: int, kv_elemen
     share = {"slow": 1.0, "fast": 0.0}.get(route, route) if isinstance(route, str) else float(route)
     if not isinstance(share, float) or not 0.0 <= share <= 1.0:
         raise ValueError(f"cost of route {route!r} is not defined; give 'slow', 'fast' or the share of slow tokens in [0, 1]")
+    if c.fast_only and share:
+        raise ValueError(f"cost of route {route!r} is not defined: this model has its fast branch alone")
     n_dual = len(c.dual_layers)
     slow, fast = branch_params(c, c.n_heads, c.d_ff), branch_params(c, c.fast_n_heads, c.fast_d_ff)
     read = c.n_layers * kv_params(c) + (c.n_layers - n_dual) * slow + n_dual * (share * slow + (1 - share) * fast)

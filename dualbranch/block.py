@@ -84,7 +84,7 @@ class Block(nn.Module):
             slow_reads, fast_reads = (SparseSpec.sliding(window, c.sparse.block_size) for window in (c.sliding_window, c.fast_window))
         self.attn_norm = nn.RMSNorm(c.d_model, c.norm_eps)
         self.kv = KVProjection(c)
-        self.slow = Branch(c, c.n_heads, c.d_ff, slow_reads, sliding)
+        self.slow = None if dual and c.fast_only else Branch(c, c.n_heads, c.d_ff, slow_reads, sliding)
         self.fast = Branch(c, c.fast_n_heads, c.fast_d_ff, fast_reads, sliding) if dual else None
 
     def forward(self, x: Tensor, partition: Partition, store: KVStore) -> Tensor:

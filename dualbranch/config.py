@@ -114,6 +114,8 @@ class DualBranchConfig:
     sliding_layers: tuple[int, ...] = ()
     sliding_window: int | None = None
     sliding_rope_theta: float | None = None  # their rotary base, unscaled; None = as in the other layers
+    # what `convert.export` leaves of a model for the smallest device: dual blocks without their slow branch, no gate, route fast alone
+    fast_only: bool = False
 
     def __post_init__(self) -> None:
         for name, limit in LIMITS.items():
@@ -153,6 +155,8 @@ class DualBranchConfig:
             raise ValueError(f"sliding_layers ({len(layers)} of them) and sliding_window ({self.sliding_window}) need each other")
         if self.sliding_window is not None and not 1 <= self.sliding_window <= LIMITS["max_seq_len"]:
             raise ValueError(f"sliding_window is {self.sliding_window}; it must lie in [1, {LIMITS['max_seq_len']}]")
+        if self.fast_only and self.is_dense:
+            raise ValueError("fast_only has no effect on a model without dual blocks")
         if self.sliding_rope_theta is not None and not layers:
             raise ValueError("sliding_rope_theta has no effect without sliding_layers")
 

@@ -58,7 +58,7 @@ class DualBranchModel(nn.Module):
         self.rope = Rope(config)
         self.sliding_rope = None if config.sliding_rope_theta is None else Rope(config, sliding=True)
         self.blocks = nn.ModuleList(Block(config, i in config.dual_layers, i in config.sliding_layers) for i in range(config.n_layers))
-        self.gate = None if config.is_dense else GatingController(config)
+        self.gate = None if config.is_dense or config.fast_only else GatingController(config)
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
@@ -121,6 +121,9 @@ class DualBranchModel(nn.Module):
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be (B, T) with T >= 1, got {tuple(tokens.shape)}; an empty prompt needs at least <bos>")
+        if self.config.fast_only and (bool(route.any()) if isinstance(route, Tensor) else route != "fast"):
+            asked = "a slow token" if isinstance(route, Tensor) else f"route {route!r}"
+            raise ValueError(f"{asked}: this model was exported with its fast branch alone; it runs on route fast only (mode fast)")
         grid, keys, n_new = self._place(tokens, cache, lengths, doc_start)
         B, T = tokens.shape
         whole = grid.whole()
@@ -187,7 +190,7 @@ class DualBranchModel(nn.Module):
             return None, route
         if route not in ROUTES:
             raise ValueError(f"unknown route {route!r}; choose one of {', '.join(ROUTES)}")
-        if self.gate is None or route == "slow":
+        if self.config.is_dense or route == "slow":
             return None, None
         if route == "fast":
             return None, torch.zeros(shape, dtype=torch.bool, device=x.device)

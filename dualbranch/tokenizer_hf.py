@@ -12,6 +12,7 @@ Added tokens that are words of a text (HTML tags, runs of spaces) stay text; tho
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -185,16 +186,23 @@ def tokenizer_from_files(files: Mapping[str, bytes], source: str = "tokenizer") 
     config = _plain_config(config)
     if "chat_template.jinja" in files:
         config["chat_template"] = files["chat_template.jinja"].decode("utf-8", errors="replace")
+    content = files.get("tokenizer.model")
+    if content is not None and _is_ours(content):  # an export of ours carries a tokenizer.json too, for other readers
+        return Tokenizer(content, f"{source}: tokenizer.model")
     if "tokenizer.json" in files:
         return BPETokenizer(files["tokenizer.json"], config, f"{source}: tokenizer.json")
-    if "tokenizer.model" not in files:
+    if content is None:
         raise ValueError(f"{source}: no tokenizer there, needed tokenizer.json or tokenizer.model")
-    content = files["tokenizer.model"]
-    processor = load_processor(content, f"{source}: tokenizer.model")
-    ours = processor.GetPieceSize() >= len(CONTROL_TOKENS) and all(processor.IdToPiece(i) == name for i, name in enumerate(CONTROL_TOKENS))
-    if ours:
-        return Tokenizer(content, f"{source}: tokenizer.model")
     return SentencePieceTokenizer(content, config, f"{source}: tokenizer.model")
+
+
+def _is_ours(content: bytes) -> bool:
+    """Whether a sentencepiece model begins with our control tokens."""
+    try:
+        first = [{n: v for n, v, _ in _fields(value)}[1] for number, value, _ in itertools.islice(_fields(content), len(CONTROL_TOKENS)) if number == 1]
+    except (ValueError, KeyError, TypeError):
+        return False
+    return first == [name.encode() for name in CONTROL_TOKENS]
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str = "GGUF") -> TokenizerBase:
@@ -235,11 +243,70 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str = "GGUF") -> To
             types[unknown] = _UNKNOWN
         table = [(p.replace(" ", _SPACE) if kind == _USER_DEFINED else p, s, kind) for p, s, kind in zip(pieces, scores, types, strict=True)]
         content = _write_model(table, _model_settings(unknown, get("add_space_prefix", bool, True)))
+        if _is_ours(content):
+            return Tokenizer(content, source)
         return SentencePieceTokenizer(content, config, source)
     if model != "gpt2":
         raise ValueError(f"{source}: metadata field tokenizer.ggml.model is {model!r}, supported: gpt2 (byte-level BPE) and llama (sentencepiece)")
     merges = get("merges", list)
     return BPETokenizer(_byte_level_json(pieces, types, merges, pre, source), config, source)
+
+
+def gguf_fields(tokenizer: TokenizerBase) -> dict[str, Any]:
+    """The inverse of `tokenizer_from_gguf`: `tokenizer.ggml.*` without that prefix, and `chat_template` if there is one; `tokens` and `token_type` have
+    `vocab_size` entries. Raises ValueError where GGUF has no words for the tokenizer."""
+    files = tokenizer.files()
+    config = _hf_config(tokenizer)
+    if "tokenizer.json" in files:
+        spec = json.loads(files["tokenizer.json"])
+        if not _mentions(spec.get("decoder"), "ByteLevel"):
+            raise ValueError("a tokenizer.json with byte fallback can't be written as GGUF; needed the checkpoint's tokenizer.model")
+        added = [t["content"] for t in spec.get("added_tokens") or []]
+        pieces = [f"[PAD{i}]" for i in range(tokenizer.vocab_size)]
+        types = [_UNUSED] * len(pieces)
+        for token, i in (spec["model"]["vocab"] | {t["content"]: t["id"] for t in spec.get("added_tokens") or []}).items():
+            pieces[i], types[i] = token, _CONTROL if token in tokenizer.control else _USER_DEFINED if token in added else _NORMAL
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
+        out = {"model": "gpt2", "pre": _pre_of(spec), "tokens": pieces, "token_type": types, "merges": merges}
+    else:
+        table, _ = _read_model(files["tokenizer.model"], "tokenizer.model")
+        if not _is_bpe(files["tokenizer.model"]):
+            raise ValueError("a unigram tokenizer.model can't be written as GGUF's llama tokenizer, which merges pairs; needed one of type BPE")
+        pieces = [text.replace(_SPACE, " ") if kind == _USER_DEFINED else text for text, _, kind in table]
+        out = {"model": "llama", "pre": "default", "tokens": pieces, "token_type": [kind for _, _, kind in table], "scores": [s for _, s, _ in table]}
+        out["add_space_prefix"] = tokenizer._strips_space
+        if _UNKNOWN in out["token_type"]:
+            out["unknown_token_id"] = out["token_type"].index(_UNKNOWN)
+    for key, name in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
+        if config.get(name) in pieces:
+            out[f"{key}_token_id"] = pieces.index(config[name])
+    return out | {"add_bos_token": bool(tokenizer.start_ids), "chat_template": config.get("chat_template")}
+
+
+def hf_files(tokenizer: TokenizerBase) -> dict[str, bytes]:
+    """The files of a Hugging Face folder that make `transformers` build this tokenizer: a `tokenizer.json`, made out of a `tokenizer.model` where
+    there is none (one of type BPE), and a `tokenizer_config.json`."""
+    files = dict(tokenizer.files())
+    config = _hf_config(tokenizer)
+    if "tokenizer.json" not in files and _is_bpe(files["tokenizer.model"]):
+        files["tokenizer.json"] = _fallback_json(files["tokenizer.model"], tokenizer._strips_space, tokenizer.start_ids)
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    return files | {"tokenizer_config.json": (json.dumps(config, ensure_ascii=False, indent=1) + "\n").encode()}
+
+
+#: Our own chat format (`dualbranch.chat`) as a template, for readers that run templates.
+OUR_TEMPLATE = (
+    "{{ '<bos>' }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' + ('<think>' if enable_thinking is defined and enable_thinking else '</think>') }}{% endif %}"
+)
+
+
+def _hf_config(tokenizer: TokenizerBase) -> dict[str, Any]:
+    """What its `tokenizer_config.json` says, of ours too."""
+    files = tokenizer.files()
+    if "tokenizer_config.json" in files:
+        return json.loads(files["tokenizer_config.json"])
+    return {"bos_token": "<bos>", "eos_token": "<|end|>", "pad_token": "<pad>", "add_bos_token": True, "chat_template": OUR_TEMPLATE}
 
 
 def with_thinking(tokenizer: TokenizerBase, think: str | None = None, close: str | None = None) -> TokenizerBase:
@@ -290,19 +357,48 @@ _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")  # 
 _GPT2 = ("gpt-2", "gpt2")
 
 
-def _byte_level_json(pieces: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: Any, source: str) -> bytes:
-    """The `tokenizer.json` of a byte-level BPE as GGUF describes it."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+
+def _words(pre: Any, source: str) -> dict[str, Any]:
+    """The pre-tokenizer that `tokenizer.ggml.pre` names. Raises ValueError for a name that isn't known."""
     if pre in _WORD_RULES:
         split = {"type": "Split", "pattern": {"Regex": _WORD_RULES[pre]}, "behavior": "Isolated", "invert": False}
-        words = {"type": "Sequence", "pretokenizers": [split, byte_level | {"use_regex": False}]}
-    elif pre in _SINGLE_DIGITS:
-        words = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level | {"use_regex": True}]}
-    elif pre in _GPT2:
-        words = byte_level | {"use_regex": True}
-    else:
-        known = ", ".join((*_WORD_RULES, *_SINGLE_DIGITS, *_GPT2))
-        raise ValueError(f"{source}: metadata field tokenizer.ggml.pre is {str(pre)[:40]!r}; how that cuts text into words isn't known here. Known: {known}")
+        return {"type": "Sequence", "pretokenizers": [split, _BYTE_LEVEL | {"use_regex": False}]}
+    if pre in _SINGLE_DIGITS:
+        return {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL | {"use_regex": True}]}
+    if pre in _GPT2:
+        return _BYTE_LEVEL | {"use_regex": True}
+    known = ", ".join((*_WORD_RULES, *_SINGLE_DIGITS, *_GPT2))
+    raise ValueError(f"{source}: metadata field tokenizer.ggml.pre is {str(pre)[:40]!r}; how that cuts text into words isn't known here. Known: {known}")
+
+
+def _pre_of(spec: Mapping[str, Any]) -> str:
+    """The inverse of `_words`: the name that GGUF has for the way a tokenizer.json cuts text. Raises ValueError if it has none."""
+
+    def cuts(node: Any) -> list[Any]:
+        """What of a pre-tokenizer makes a difference."""
+        if not isinstance(node, dict):
+            return []
+        kind = node.get("type")
+        if kind == "Sequence":
+            return [cut for part in node.get("pretokenizers") or [] for cut in cuts(part)]
+        if kind == "Split":
+            return [(kind, node.get("pattern", {}).get("Regex"), node.get("behavior"), node.get("invert"))]
+        if kind == "ByteLevel":
+            return [(kind, node.get("add_prefix_space", True), node.get("use_regex", True))]
+        return [(kind, node.get("individual_digits"))]
+
+    found = cuts(spec.get("pre_tokenizer"))
+    for pre in (*_WORD_RULES, *_SINGLE_DIGITS, *_GPT2):
+        if cuts(_words(pre, "")) == found and bool(spec["model"].get("ignore_merges")) == (pre in _LLAMA3):
+            return pre
+    raise ValueError("GGUF has no name known here for the way this tokenizer.json cuts text into words; export 'hf' or 'safetensors'")
+
+
+def _byte_level_json(pieces: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: Any, source: str) -> bytes:
+    """The `tokenizer.json` of a byte-level BPE as GGUF describes it."""
+    words = _words(pre, source)
     vocab = {piece: i for i, (piece, kind) in enumerate(zip(pieces, types, strict=True)) if kind != _UNUSED}
     if len(vocab) != sum(kind != _UNUSED for kind in types):
         raise ValueError(f"{source}: metadata field tokenizer.ggml.tokens holds a token twice")
@@ -322,7 +418,7 @@ def _byte_level_json(pieces: Sequence[str], types: Sequence[int], merges: Sequen
         "normalizer": {"type": "NFC"} if pre in ("qwen2", "deepseek-r1-qwen") else None,
         "pre_tokenizer": words,
         "post_processor": None,
-        "decoder": byte_level | {"use_regex": True},
+        "decoder": _BYTE_LEVEL | {"use_regex": True},
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -460,6 +556,20 @@ def _control_or(kind: int, piece: str) -> int:
 
 def _mark_control(content: bytes, added: Sequence[tuple[int, Mapping[str, Any]]], source: str) -> bytes:
     """The model with pieces named like control tokens made control tokens, and `added` tokens (id, entry) behind its own."""
+    read, rest = _read_model(content, source)
+    pieces = [(text, score, kind if kind == _UNKNOWN else _control_or(kind, text)) for text, score, kind in read]
+    try:
+        names = {text for text, _, _ in pieces}
+        for i, entry in added:
+            if i == len(pieces) and entry["content"] not in names:
+                pieces.append((entry["content"], 0.0, _CONTROL if entry.get("special") or _CONTROL_NAME.fullmatch(entry["content"]) else _USER_DEFINED))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source}: added tokens that don't fit the sentencepiece model ({error})") from error
+    return _write_model(pieces, rest)
+
+
+def _read_model(content: bytes, source: str) -> tuple[list[_Piece], bytes]:
+    """The pieces of a sentencepiece model, and the bytes of its other fields. Raises ValueError."""
     pieces: list[_Piece] = []
     rest = b""
     try:
@@ -468,15 +578,60 @@ def _mark_control(content: bytes, added: Sequence[tuple[int, Mapping[str, Any]]]
                 rest += raw
                 continue
             piece = {n: v for n, v, _ in _fields(value)}
-            text, kind = piece[1].decode(), piece.get(3, _NORMAL)
-            pieces.append((text, struct.unpack("<f", piece.get(2, bytes(4)))[0], kind if kind == _UNKNOWN else _control_or(kind, text)))
-        names = {text for text, _, _ in pieces}
-        for i, entry in added:
-            if i == len(pieces) and entry["content"] not in names:
-                pieces.append((entry["content"], 0.0, _CONTROL if entry.get("special") or _CONTROL_NAME.fullmatch(entry["content"]) else _USER_DEFINED))
+            pieces.append((piece[1].decode(), struct.unpack("<f", piece.get(2, bytes(4)))[0], piece.get(3, _NORMAL)))
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise ValueError(f"{source}: not a sentencepiece model, or added tokens that don't fit it ({error})") from error
-    return _write_model(pieces, rest)
+        raise ValueError(f"{source}: not a sentencepiece model ({error})") from error
+    return pieces, rest
+
+
+def _is_bpe(content: bytes) -> bool:
+    """Whether a sentencepiece model merges pairs (its training settings say type 2), as Llama's and Gemma's do."""
+    settings = [dict((n, v) for n, v, _ in _fields(value)) for number, value, _ in _fields(content) if number == 2]
+    return bool(settings) and settings[-1].get(3) == 2
+
+
+def _fallback_json(content: bytes, adds_space: bool, start_ids: Sequence[int]) -> bytes:
+    """A `tokenizer.json` that cuts text as the sentencepiece model of type BPE does: merges ordered by the score of what they make, bytes as a fallback."""
+    pieces, _ = _read_model(content, "tokenizer.model")
+    vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
+    score = {text: s for text, s, kind in pieces if kind == _NORMAL}
+    merges = [(text[:k], text[k:]) for text in score for k in range(1, len(text)) if text[:k] in score and text[k:] in score]
+    merges.sort(key=lambda pair: -score["".join(pair)])  # stable: shorter first parts first
+    special = [(i, text, kind in (_CONTROL, _UNKNOWN)) for i, (text, _, kind) in enumerate(pieces) if kind in (_CONTROL, _UNKNOWN, _USER_DEFINED)]
+    start = [{"SpecialToken": {"id": pieces[i][0], "type_id": 0}} for i in start_ids]
+    starts = {pieces[i][0]: {"id": pieces[i][0], "ids": [i], "tokens": [pieces[i][0]]} for i in start_ids}
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    back: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    whole = {"Sequence": {"id": "A", "type_id": 0}}
+    spec = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": text.replace(_SPACE, " ") if not control else text, "special": control}
+            | {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+            for i, text, control in special
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _SPACE}, space]} if adds_space else space,
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing", "single": [*start, whole], "pair": [*start, whole, {"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": starts
+        },
+        "decoder": {"type": "Sequence", "decoders": [*back, *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if adds_space else [])]},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": next((text for text, _, kind in pieces if kind == _UNKNOWN), None),
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }  # fmt: skip
+    return json.dumps(spec, ensure_ascii=False).encode()
 
 
 def _write_model(pieces: Sequence[_Piece], rest: bytes) -> bytes:

@@ -1,8 +1,11 @@
 """Families of public checkpoints: how each one's config and tensors become a dense `DualBranchModel`.
 
 A family is one entry of `FAMILIES`, keyed by the config's `model_type`: defaults of settings that files leave out, which tensor holds which
-of our parameters, and a function for what is special. Readers (`huggingface.py`, `gguf.py`) give a Hugging Face config and loaders under
-Hugging Face names; `build` is their only way in. Nothing is allocated before every name, and every shape that is known, fits the config.
+of our parameters, and two functions for what is special, reading and writing it. Readers (`huggingface.py`, `gguf.py`) give a Hugging Face config
+and loaders under Hugging Face names; `build` is their only way in. Nothing is allocated before every name, and every shape that is known, fits the config.
+
+The way out (`hf_config_of`, `hf_tensors`, for `export.py`) uses the same tables. A model's family isn't stored anywhere: it is the first one whose config,
+written and read back, is the model's. So a family is chosen only if it says everything the model does, and what can't be said is named.
 
 Not imported: attention or feed-forward biases other than of q, k and v; quantised tensors; encoders of multimodal models.
 """
@@ -15,6 +18,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,12 +109,17 @@ class Settings:
 @dataclass(frozen=True)
 class Family:
     """One family. `defaults`: settings its files may leave out. `layer`: as LAYER. `special`: arguments of DualBranchConfig beyond the common
-    ones, from the settings and the common ones. `shifted_norms`: its files hold norm weights minus one."""
+    ones, from the settings and the common ones; `written` is its inverse: settings beyond the common ones, from our config. `architecture`: the class
+    of `transformers`. `shifted_norms`: its files hold norm weights minus one. `even_heads`: `transformers` refuses a
+    width that isn't a multiple of the heads."""
 
     special: Callable[[Settings, dict[str, Any]], dict[str, Any]]
+    written: Callable[[DualBranchConfig], dict[str, Any]]
+    architecture: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     layer: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: LAYER)
     shifted_norms: bool = False
+    even_heads: bool = False
 
 
 # ---- what families share
@@ -186,11 +195,51 @@ def _sliding(s: Settings, common: dict[str, Any], default: Callable[[int], bool]
     return tuple(i for i, t in enumerate(types) if t == "sliding_attention")
 
 
+_ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
+
+
 def _activation(s: Settings, name: str) -> str:
-    known = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
-    if s.get(name) not in tuple(known):
-        raise s.bad(name, f"one of {', '.join(known)}")
-    return known[s.get(name)]
+    if s.get(name) not in tuple(_ACTIVATIONS):
+        raise s.bad(name, f"one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[s.get(name)]
+
+
+def _written_activation(c: DualBranchConfig) -> str:
+    return next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == c.activation)
+
+
+def _written_rope(c: DualBranchConfig, phi: bool = False) -> dict[str, Any]:
+    """The inverse of `_rope`, with the names that files have had from the start, which every reader knows. What only Phi's readers know
+    (heads that rotate in part, longrope) is left out for the others, so that their config isn't the model's."""
+    r, context = c.rope_scaling, c.max_seq_len
+    out: dict[str, Any] = {"rope_theta": c.rope_theta}
+    if c.rotary_dim is not None and phi:
+        share = c.rotary_dim / c.head_dim
+        out["partial_rotary_factor"] = share if int(c.head_dim * share) == c.rotary_dim else math.nextafter(share, 1)
+    scaling: dict[str, Any] = {"rope_type": r.kind}
+    if r.kind in ("llama3", "yarn"):
+        scaling |= {"factor": r.factor, "original_max_position_embeddings": r.original_max_seq_len}
+        context = max(context, r.original_max_seq_len)
+    if r.kind == "linear":
+        scaling["factor"] = r.factor
+    elif r.kind == "llama3":
+        scaling |= {"low_freq_factor": r.low_freq_factor, "high_freq_factor": r.high_freq_factor}
+    elif r.kind == "yarn":
+        scaling |= {"beta_fast": r.beta_fast, "beta_slow": r.beta_slow, "truncate": r.truncate}
+    elif r.kind == "longrope":  # its factor is the ratio of two lengths
+        scaling |= {"type": "longrope", "short_factor": list(r.short_factors), "long_factor": list(r.long_factors)}
+        out["original_max_position_embeddings"] = r.original_max_seq_len
+        context = max(context, round(r.factor * r.original_max_seq_len))
+        if not math.isclose(r.factor, context / r.original_max_seq_len):
+            scaling["factor"] = r.factor
+    if r.attention_factor is not None:
+        scaling["attention_factor"] = r.attention_factor
+    known = r.kind != "none" and (phi or r.kind != "longrope")
+    return out | {"rope_scaling": scaling if known else None, "max_position_embeddings": context}
+
+
+def _written_layer_types(c: DualBranchConfig) -> list[str]:
+    return ["sliding_attention" if i in c.sliding_layers else "full_attention" for i in range(c.n_layers)]
 
 
 # ---- families
@@ -199,6 +248,10 @@ def _activation(s: Settings, name: str) -> str:
 def _llama(s: Settings, common: dict[str, Any]) -> dict[str, Any]:
     s.must_be_off("attention_bias", "mlp_bias")
     return {"activation": _activation(s, "hidden_act"), **_flat_rope(s, common)}
+
+
+def _llama_written(c: DualBranchConfig) -> dict[str, Any]:
+    return {"hidden_act": _written_activation(c), "attention_bias": False, "mlp_bias": False, **_written_rope(c)}
 
 
 def _qwen(s: Settings, common: dict[str, Any]) -> dict[str, Any]:
@@ -220,12 +273,26 @@ def _qwen3(s: Settings, common: dict[str, Any]) -> dict[str, Any]:
     return {"qk_norm": True, **_qwen(s, common)}
 
 
+def _qwen_written(c: DualBranchConfig) -> dict[str, Any]:
+    out = {"hidden_act": _written_activation(c), **_written_rope(c), "use_sliding_window": bool(c.sliding_layers), "sliding_window": c.sliding_window}
+    return out | ({"layer_types": _written_layer_types(c)} if c.sliding_layers else {})
+
+
+def _qwen3_written(c: DualBranchConfig) -> dict[str, Any]:
+    return {"attention_bias": False, **_qwen_written(c)}
+
+
 def _phi3(s: Settings, common: dict[str, Any]) -> dict[str, Any]:
     out = {"activation": _activation(s, "hidden_act"), **_flat_rope(s, common)}
     window = None if s.get("sliding_window") is None else s.integer("sliding_window", 2**31)
     if window is not None and window < out["max_seq_len"]:  # Phi-4-mini's window is wider than its context
         out |= {"sliding_layers": tuple(range(common["n_layers"])), "sliding_window": window}
     return out
+
+
+def _phi3_written(c: DualBranchConfig) -> dict[str, Any]:
+    out = {"hidden_act": _written_activation(c), "attention_bias": False, "original_max_position_embeddings": c.max_seq_len, **_written_rope(c, phi=True)}
+    return out | {"sliding_window": c.sliding_window}
 
 
 def _gemma3(s: Settings, common: dict[str, Any]) -> dict[str, Any]:
@@ -251,6 +318,22 @@ def _gemma3(s: Settings, common: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _gemma3_written(c: DualBranchConfig) -> dict[str, Any]:
+    scalar = c.head_dim if c.attn_scale is None else c.attn_scale**-2
+    return {
+        "hidden_activation": _written_activation(c),
+        "attention_bias": False,
+        "use_bidirectional_attention": False,
+        "query_pre_attn_scalar": round(scalar) if math.isclose(scalar, round(scalar)) else scalar,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": c.logit_softcap,
+        "layer_types": _written_layer_types(c),
+        "sliding_window": c.sliding_window or 4096,
+        "rope_local_base_freq": c.sliding_rope_theta or 10_000.0,
+        **_written_rope(c),
+    }
+
+
 _COMMON = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
 _GEMMA3 = {
     "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -260,15 +343,15 @@ _GEMMA3 = {
 
 #: model_type -> family. Another family is another entry.
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_llama, _COMMON | {"max_position_embeddings": 2048}),
-    "qwen2": Family(_qwen2, _COMMON | {"max_position_embeddings": 32_768, "max_window_layers": 28}),
-    "qwen3": Family(_qwen3, _COMMON | {"max_position_embeddings": 32_768, "max_window_layers": 28, "head_dim": 128}),
-    "phi3": Family(_phi3, _COMMON | {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}, PHI_LAYER),
-    "gemma3_text": Family(_gemma3, _GEMMA3, GEMMA_LAYER, shifted_norms=True),
+    "llama": Family(_llama, _llama_written, "LlamaForCausalLM", _COMMON | {"max_position_embeddings": 2048}, even_heads=True),
+    "qwen2": Family(_qwen2, _qwen_written, "Qwen2ForCausalLM", _COMMON | {"max_position_embeddings": 32_768, "max_window_layers": 28}),
+    "qwen3": Family(_qwen3, _qwen3_written, "Qwen3ForCausalLM", _COMMON | {"max_position_embeddings": 32_768, "max_window_layers": 28, "head_dim": 128}),
+    "phi3": Family(_phi3, _phi3_written, "Phi3ForCausalLM", _COMMON | {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}, PHI_LAYER),
+    "gemma3_text": Family(_gemma3, _gemma3_written, "Gemma3ForCausalLM", _GEMMA3, GEMMA_LAYER, shifted_norms=True, even_heads=True),
 }
 
 
-# ---- the door
+# ---- the way in
 
 
 def text_config(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -368,6 +451,92 @@ def build(
     model = DualBranchModel.without_weights(config)
     model.load_state_dict(weights, assign=True)
     return model.eval()
+
+
+# ---- the way out
+
+#: Settings that make no difference to what a dense model computes.
+_IDLE = ("n_stem", "n_tail", "fast_n_heads", "fast_d_ff", "sparse", "d_gate")
+
+
+def hf_config_of(config: DualBranchConfig, family: str | None = None) -> dict[str, Any]:
+    """The Hugging Face config (`config.json` as a dict) of a dense model: of `family`, a `model_type`, if it fits, else of the first that does.
+
+    It fits if `config_of` gives `config` back. Raises ValueError naming the fields that the nearest family can't express.
+    """
+    if not config.is_dense:
+        raise ValueError("no public family has two branches; export one of them (branch='slow')")
+    nearest: tuple[int, str, str] | None = None
+    for name in sorted(FAMILIES, key=lambda x: x != family):  # stable: `family` first, the others in their order
+        try:
+            written = _written(config, name)
+            read = config_of(written, config.max_seq_len)
+        except ValueError as error:
+            differing, n = str(error), len(dataclasses.fields(config))
+        else:
+            found = differences(config, read)
+            if not found:
+                return written
+            differing, n = ", ".join(found), len(found)
+        if nearest is None or n < nearest[0]:
+            nearest = (n, name, differing)
+    raise ValueError(f"no Hugging Face family can express this model; {nearest[1]}, the nearest, can't say: {nearest[2]}; export it as 'safetensors'")
+
+
+def _written(c: DualBranchConfig, family: str) -> dict[str, Any]:
+    if FAMILIES[family].even_heads and c.d_model % c.n_heads:
+        raise ValueError(f"d_model = {c.d_model}, which isn't a multiple of n_heads = {c.n_heads}")
+    return {
+        "model_type": family,
+        "architectures": [FAMILIES[family].architecture],
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.d_model,
+        "intermediate_size": c.d_ff,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_kv_heads,
+        "head_dim": c.head_dim,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tie_embeddings,
+        **FAMILIES[family].written(c),
+    }
+
+
+def differences(config: Any, read: Any, tolerance: float = 1e-12) -> list[str]:
+    """In which fields two configs of dense models (or parts of them) mean other functions, as `field = value (read as value)`; floats may
+    differ by the relative `tolerance`."""
+    found = []
+    for f in dataclasses.fields(config):
+        a, b = getattr(config, f.name), getattr(read, f.name)
+        if dataclasses.is_dataclass(a) and f.name not in _IDLE:
+            found += [f"{f.name}.{x}" for x in differences(a, b, tolerance)]
+        elif f.name not in _IDLE and not _equal(a, b, tolerance):
+            found.append(f"{f.name} = {str(a)[:80]} (read as {str(b)[:80]})")
+    return found
+
+
+def _equal(a: Any, b: Any, tolerance: float) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(_equal(x, y, tolerance) for x, y in zip(a, b, strict=True))
+    return math.isclose(a, b, rel_tol=tolerance) if isinstance(a, float) and isinstance(b, float) else a == b
+
+
+def hf_tensors(model: DualBranchModel, hf_config: Mapping[str, Any]) -> dict[str, Loader]:
+    """The inverse of `build`: Hugging Face name -> loader of the tensor, in fp32 where it isn't the model's own parameter.
+
+    `model` is dense, `hf_config` its `hf_config_of`. Loaders make one tensor at a time; one that needs no change shares the model's memory.
+    """
+    family, parameters = family_of(hf_config), model.state_dict()
+
+    def load(name: str, ours: tuple[str, ...]) -> Tensor:
+        tensor = parameters[ours[0]] if len(ours) == 1 else torch.cat([parameters[x] for x in ours])
+        return tensor.float() - 1 if family.shifted_norms and name.endswith("norm.weight") else tensor
+
+    shapes = {name: tuple(x.shape) for name, x in parameters.items()}
+    return {name: partial(load, name, ours) for name, ours in tensor_names(family, model.config, shapes).items()}
+
+
+# ---- checks
 
 
 def _language_model(tensors: Mapping[str, Loader]) -> dict[str, Loader]:

@@ -3,7 +3,7 @@
 `read_gguf` reads the header with suspicion (every count is held against the bytes that are there before anything is built from it) and
 touches no weight; each tensor is read and dequantised to fp32 when its loader is called, so a model never lies in memory twice.
 `families.build` takes the result; tokenizers are made from the metadata by `dualbranch.tokenizer_hf`. Block formats are decoded by the
-`gguf` package. Not here: writing GGUF.
+`gguf` package. Writing GGUF: `gguf_writer.py`, by the same tables.
 
 What llama.cpp's converter changed is undone: rows of q and k of the llama architecture go back to halves (it interleaves them), and
 Gemma's norms become Hugging Face's `w` (GGUF stores `1 + w`; the model adds the 1).
