@@ -17,6 +17,8 @@ from dualbranch.infer import INTERRUPTED, USAGE_ERROR, one_line
 COMMANDS = {
     "import": ("importing", "make a checkpoint of ours out of a public model"),
     "convert": ("converting", "give a public model a fast branch and a gate, and heal it by self-distillation"),
+    "export": ("exporting", "write a branch as a checkpoint, a Hugging Face folder or a GGUF file"),
+    "prune": ("pruning", "make a smaller conventional model, cut by importance and refitted"),
     "eval": ("evaluating", "perplexity of text, or accuracy on generated problems, by route and budget"),
 }
 

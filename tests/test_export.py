@@ -278,6 +278,19 @@ def test_the_card_states_sizes_and_only_what_was_measured(tmp_path):
     assert "None was given" not in card and all(words in card for words in ("# a small one", "CC0", "By a test.", "| test perplexity | 12.35 |", "`llama`"))
 
 
+def test_the_command_exports_what_it_says_and_explains_mistakes(tmp_path, capsys):
+    from dualbranch.checkpoint import save_checkpoint
+    from dualbranch.cli import main
+
+    save_checkpoint(tmp_path / "dual", random_model(DUAL), TOK)
+    (tmp_path / "e.json").write_text('{"perplexity": 7.25}')
+    args = ["export", str(tmp_path / "dual"), "--out", str(tmp_path / "x")]
+    assert main([*args, "--to", "gguf", "--dtype", "q8_0", "--evaluation", str(tmp_path / "e.json"), "--licence", "CC0"]) == 0
+    assert "slow branch as gguf of the family llama, q8_0" in capsys.readouterr().out
+    assert (tmp_path / "x" / "x-q8_0.gguf").is_file() and "| perplexity | 7.25 |" in (tmp_path / "x" / "README.md").read_text()
+    assert main([*args, "--to", "gguf"]) == 2 and "something already" in capsys.readouterr().err
+
+
 def test_exporting_leaves_the_model_alone_and_shares_its_memory():
     model = random_model(DUAL)
     before = {name: x.clone() for name, x in model.state_dict().items()}

@@ -91,6 +91,12 @@ def cut_branch(target: Branch, source: Branch, view: LayerView, n_kv_heads: int)
     target.ff.w_down.weight.copy_(ridge(target.ff.hidden(target.ff_norm(mid)), fed))
 
 
+def view_of(block: Block, x: Tensor, tokens: TokenGroup, rows: Rows) -> LayerView:
+    """What `block` sees of the stream `x (N, E)` of packed `rows`, whose tokens are `tokens`."""
+    h = block.attn_norm(x)
+    return LayerView(x, h, NoCache(*rows.tokens.shape).layer(0, None)(*block.kv(h, *tokens.angles(block.sliding))), tokens)
+
+
 @torch.no_grad()
 def layer_views(model: DualBranchModel, rows: Rows):
     """Yields `(block, LayerView)` for each block of `model`, run all-slow on packed `rows`."""
@@ -99,10 +105,8 @@ def layer_views(model: DualBranchModel, rows: Rows):
     slow = Partition.uniform(tokens, slow=True)
     x = model.embed(rows.tokens).flatten(0, 1)
     for i, block in enumerate(model.blocks):
-        h = block.attn_norm(x)
-        store = NoCache(*rows.tokens.shape).layer(i, None)
-        yield block, LayerView(x, h, store(*block.kv(h, *tokens.angles(block.sliding))), tokens)
-        x = block(x, slow, store)
+        yield block, view_of(block, x, tokens, rows)
+        x = block(x, slow, NoCache(*rows.tokens.shape).layer(i, None))
 
 
 def kept_layers(n_source: int, n_target: int) -> list[int]:
