@@ -129,7 +129,9 @@ def _shrunk(c: DualBranchConfig, share: float, given: dict[str, int]) -> DualBra
     if sizes["n_heads"] % sizes["n_kv_heads"] or sizes["n_heads"] // sizes["n_kv_heads"] > c.n_heads // c.n_kv_heads:
         most = c.n_heads // c.n_kv_heads
         raise ValueError(f"n_heads is {sizes['n_heads']}; it must be n_kv_heads = {sizes['n_kv_heads']} times at most {most}: every group keeps as many")
-    unit = math.lcm(_unit(c.d_model), sizes["n_heads"])
+    # A width its heads divide, as `transformers` asks of some families; of the multiples of 32, 16, ... among these the first that aren't too far apart.
+    units = [math.lcm(_unit(c.d_model) >> n, sizes["n_heads"]) for n in range(_unit(c.d_model).bit_length())]
+    unit = next((u for u in units if 8 * u <= c.d_model), min(units[-1], c.d_model))
     wide = c.d_model if share == 1 else max(unit, int(c.d_model * share) // unit * unit)
     narrow = c.d_ff if share == 1 else max(_unit(c.d_ff), int(c.d_ff * share) // _unit(c.d_ff) * _unit(c.d_ff))
     sizes = {"d_model": min(wide, c.d_model), "d_ff": min(narrow, c.d_ff)} | sizes
