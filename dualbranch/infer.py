@@ -169,15 +169,18 @@ def load_model(path_or_name: str | None, device: str | None, accept_terms: bool 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds to the first token and in all, and tokens generated."""
+    """Seconds to the first token and in all, and tokens generated. `held`: an answer that was only tried came all at once, when it stood."""
 
     first: float
     total: float
     n_tokens: int
+    held: bool = False
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decoding: the tokens after the first, over the time after the first."""
+        """Of decoding: the tokens after the first, over the time after the first; of an answer that was held back, all over all."""
+        if self.held:
+            return self.n_tokens / self.total
         return (self.n_tokens - 1) / (self.total - self.first) if self.total > self.first else 0.0
 
 
@@ -186,16 +189,19 @@ class _Timer:
 
     def __init__(self, events: Iterable[Event]) -> None:
         self.events, self.begin, self.first, self.n_tokens = events, time.perf_counter(), None, 0
+        self.held = False
 
     def __iter__(self):
         for event in self.events:
             if self.first is None:
                 self.first = time.perf_counter() - self.begin
             self.n_tokens += 1
+            if event.generation is not None:
+                self.held = event.generation.confidence is not None and not event.generation.thought
             yield event
 
     def timing(self) -> Timing:
-        return Timing(self.first, time.perf_counter() - self.begin, self.n_tokens)
+        return Timing(self.first, time.perf_counter() - self.begin, self.n_tokens, self.held)
 
 
 class Printer:

@@ -272,3 +272,8 @@ def test_ctrl_c_during_a_reply_keeps_what_was_said_and_goes_on(talk, monkeypatch
     assert code == 0 and "stopped." in err
     assert [m["role"] for m in session.conversation.messages] == ["user", "assistant"] * 2
     assert 0 < len(session.conversation.messages[1]["ids"]) < 12
+
+
+def test_an_answer_held_back_is_timed_as_a_whole_and_not_by_its_last_instant():
+    assert infer.Timing(first=2.0, total=2.001, n_tokens=4, held=True).tokens_per_second == pytest.approx(2, rel=0.01)
+    assert infer.Timing(first=1.0, total=3.0, n_tokens=5).tokens_per_second == 2
