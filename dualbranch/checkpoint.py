@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dualbranch.tokenizer import Tokenizer, TokenizerBase
+from dualbranch.tokenizer import Tokenizer, TokenizerBase, write_bytes
 
 if TYPE_CHECKING:
     from dualbranch.model import DualBranchModel
@@ -627,18 +627,8 @@ def _read_header(path: Path) -> dict[str, _Entry]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write `text` to `path` as UTF-8: temporary name in the same folder, flush, rename. Makes the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write `text` to `path` as UTF-8, whole or not at all. Makes the folder."""
+    write_bytes(Path(path), text.encode())
 
 
 def _write_manifest(folder: Path, kind: str, extra: dict[str, Any]) -> None:

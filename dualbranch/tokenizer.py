@@ -94,7 +94,7 @@ class TokenizerBase:
     def save_files(self, folder: str | os.PathLike) -> None:
         """Write `files` into `folder`, each by temporary name, flush and rename."""
         for name, content in self.files().items():
-            _write(Path(folder) / name, content)
+            write_bytes(Path(folder) / name, content)
 
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
         """The text of `ids`. Control tokens vanish, or are spelled out with `skip_control=False`.
@@ -176,7 +176,7 @@ class Tokenizer(TokenizerBase):
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the model to the file `path` (temporary name, flush, rename)."""
-        _write(Path(path), self.model_bytes)
+        write_bytes(Path(path), self.model_bytes)
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int, path: str | os.PathLike | None = None) -> "Tokenizer":
@@ -315,7 +315,8 @@ def piece_bytes(processor: sentencepiece.SentencePieceProcessor, token: int) -> 
     return piece.replace(_SPACE, " ").encode()
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path`: temporary name in the same folder, flush, rename. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
