@@ -14,7 +14,7 @@ export PYTHONUTF8 = 1
 DEMO_PROMPTS = "Lily buys 7 shirts at 24 dollars each and 7 melons at 87 dollars each and pays 800 dollars. What is the change?" \
                "鸡兔同笼，共134个头，436条腿。鸡和兔各有多少只？"
 
-.PHONY: help demo test parity aot lint teacher install clean
+.PHONY: help demo test parity aot lint bench teacher install clean
 
 help:
 	@echo "make demo      train from configs/small.yaml (resumes), ask in the three modes, show the report"
@@ -22,6 +22,7 @@ help:
 	@echo "make parity    hold the Triton kernels equal to the reference on thousands of drawn shapes (interpreter; about an hour)"
 	@echo "make aot       compile every Triton kernel for sm_80 and sm_90 without a GPU; fails if registers spill"
 	@echo "make lint      ruff"
+	@echo "make bench     speed, memory and quality beside llama.cpp and transformers, where installed (pip install -e '.[bench]')"
 	@echo "make teacher   train the shipped teacher again (7 minutes on an H100, a day on two cores)"
 	@echo "make install   only create $(VENV) and install; PYTHON=python3.12 chooses the interpreter"
 	@echo "make clean     remove caches and build leftovers; $(VENV) and runs/ stay"
@@ -46,6 +47,9 @@ aot: $(STAMP)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
+
+bench: $(STAMP)
+	$(PY) benchmarks/peers.py $(ARGS)
 
 teacher: $(STAMP)
 	$(PY) train.py configs/small-teacher.yaml --resume

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dualbranch.config import DualBranchConfig
 from dualbranch.layers import FeedForward, apply_rope
 from dualbranch.routing import Partition, TokenGroup
-from kernels import SparseSpec, dense_attention, sparse_attention
+from kernels import SparseSpec
 
 #: Stores a layer's new keys and values and returns all it may read: k, v `(B, S, Hk, D)` and pooled keys or None.
 KVStore = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
@@ -57,12 +57,7 @@ class Branch(nn.Module):
         q = self.q_norm(self.w_q(h).unflatten(-1, (self.n_heads, -1)))
         if self.q_scale is not None:
             q = q * self.q_scale
-        q = group.to_grid(apply_rope(q, *group.angles(self.sliding)))  # (B, Tg, H, D)
-        if self.reads is None:
-            y = dense_attention(q, k, v, group.plan)
-        else:
-            y = sparse_attention(q, k, v, group.plan, self.reads, pooled)
-        return group.from_grid(y).flatten(1)
+        return group.attend(apply_rope(q, *group.angles(self.sliding)), k, v, pooled, self.reads).flatten(1)
 
     def forward(self, x: Tensor, h: Tensor, group: TokenGroup, k: Tensor, v: Tensor, pooled: Tensor | None) -> Tensor:
         """The whole block as this branch computes it: residual stream in `(N, E)`, residual stream out."""

@@ -6,7 +6,7 @@ A forward pass asks for a `writer` once, then calls `writer.layer(i)` for each b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,18 +66,30 @@ class KVCache:
         """Bytes held, whether filled or not."""
         return sum(t.numel() * t.element_size() for t in [*self.k, *self.v, *self.pooled.values()])
 
-    def truncate(self, n_cached: Tensor | int) -> None:
+    @torch.inference_mode()
+    def truncate(self, n_cached: Tensor | Sequence[int] | int) -> None:
         """Forgets everything after the first `n_cached` tokens of each row. Mutates the cache."""
-        self.n_cached = torch.minimum(self.n_cached, torch.as_tensor(n_cached, dtype=torch.int64).expand(self.n_rows)).clone()
+        self.n_cached.copy_(self.n_cached.minimum(torch.as_tensor(n_cached, dtype=torch.int64)))
 
-    def select_rows(self, index: Tensor) -> KVCache:
-        """A new cache holding copies of the rows `index (R,)`; what a batch does when some of its sequences end."""
+    def rows(self, start: int, stop: int) -> KVCache:
+        """Rows [start, stop) as a cache of their own. Nothing is copied: what one of the two caches, writes or forgets, the other does."""
         out = object.__new__(KVCache)
         out.config, out.capacity = self.config, self.capacity
-        out.k, out.v = [t[index] for t in self.k], [t[index] for t in self.v]
-        out.pooled = {i: t[index] for i, t in self.pooled.items()}
-        out.n_cached, out.from_slow = self.n_cached[index], self.from_slow[index]
+        out.k, out.v = [t[start:stop] for t in self.k], [t[start:stop] for t in self.v]
+        out.pooled = {i: t[start:stop] for i, t in self.pooled.items()}
+        out.n_cached, out.from_slow = self.n_cached[start:stop], self.from_slow[start:stop]
         return out
+
+    @torch.inference_mode()
+    def copy_rows(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Row `targets[i]` becomes what row `sources[i]` is; no row is both. Mutates the cache."""
+        sources, targets = torch.tensor(sources), torch.tensor(targets)
+        n = int(self.n_cached[sources].max())
+        n_blocks = n // self.config.sparse.block_size
+        tensors = [*((t, n) for t in (*self.k, *self.v, self.from_slow)), *((t, n_blocks) for t in self.pooled.values())]
+        for t, n_filled in tensors:
+            t[targets, :n_filled] = t[sources, :n_filled]
+        self.n_cached[targets] = self.n_cached[sources]
 
     def writer(self, n_new: Tensor, n_cols: int) -> CacheWriter:
         """For one forward pass of `n_new (B,)` tokens per row on a grid `n_cols` wide. Raises CacheFull; mutates nothing yet."""
@@ -100,36 +112,38 @@ class CacheWriter:
         self.cells = None  # grid cells that hold a token, None = all
         if int(n_new.min()) < n_cols:
             self.cells = (t < n_new[:, None]).flatten().nonzero().squeeze(1).to(device)
+        self.slots = self.dest if self.cells is None else self.dest[self.cells]  # of the tokens in the grid's order
+        self._ordered = (None, self.slots)  # the last `order` asked for, and the slots in it
         first = start // block
         n_completed = self.end // block - first
         row = rows.repeat_interleave(n_completed)
         nth = torch.arange(len(row)) - (n_completed.cumsum(0) - n_completed)[row]  # 0, 1, ... within each row
         self.completed = torch.stack([row, first[row] + nth], 1).to(device)  # (row, block) newly complete
+        self.blocks = self.completed[:, 0] * (cache.capacity // block) + self.completed[:, 1]  # the same as flat indices
 
     def layer(self, i: int, order: Tensor | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
         """The store of layer `i`; `order` as in `Partition`. Calling it writes into the cache."""
         cache, block = self.cache, self.cache.config.sparse.block_size
+        if order is not self._ordered[0]:
+            self._ordered = (order, self.slots if order is None else self.dest[order])
+        slots = self._ordered[1]
 
         def store(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-            cells = order
             if order is None and self.cells is not None:
-                cells, k, v = self.cells, k[self.cells], v[self.cells]
-            dest = self.dest if cells is None else self.dest[cells]
+                k, v = k[self.cells], v[self.cells]
             for full, new in ((cache.k[i], k), (cache.v[i], v)):
-                full.flatten(0, 1).index_copy_(0, dest, new.detach().to(full.dtype))
+                full.flatten(0, 1).index_copy_(0, slots, new.detach().to(full.dtype))
             pooled = cache.pooled.get(i)
-            if pooled is not None and len(self.completed):
-                b, n = self.completed.unbind(1)
-                blocks = cache.k[i].unflatten(1, (-1, block))[b, n]  # (pairs, block_size, Hk, D)
-                pooled[b, n] = blocks.float().mean(1)
+            if pooled is not None and len(self.blocks):
+                complete = cache.k[i].view(-1, block, *k.shape[1:]).index_select(0, self.blocks)  # (pairs, block_size, Hk, D)
+                pooled.flatten(0, 1).index_copy_(0, self.blocks, complete.float().mean(1))
             return cache.k[i][:, : self.n_keys], cache.v[i][:, : self.n_keys], pooled
 
         return store
 
     def advance(self, use_slow: Tensor | None) -> None:
         """Counts the tokens as cached, with their route `use_slow (B, T)` (None = all slow). Mutates the cache."""
-        dest = self.dest if self.cells is None else self.dest[self.cells]
         if use_slow is not None:
             use_slow = (use_slow.flatten() if self.cells is None else use_slow.flatten()[self.cells]).cpu()
-        self.cache.from_slow.view(-1)[dest.cpu()] = True if use_slow is None else use_slow
-        self.cache.n_cached = self.end
+        self.cache.from_slow.view(-1)[self.slots.cpu()] = True if use_slow is None else use_slow
+        self.cache.n_cached.copy_(self.end)

@@ -108,6 +108,9 @@ def save_checkpoint(
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}, needed one of {', '.join(_DTYPES)}")
     extra = dict(extra or {})
+    extra.pop("precision", None)
+    if model.precision != "fp32":
+        extra["precision"] = model.precision
     try:
         json.dumps(extra, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -203,6 +206,7 @@ def _load_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | 
     from dualbranch.config import DualBranchConfig
     from dualbranch.gate import Calibration
     from dualbranch.model import DualBranchModel
+    from dualbranch.precision import lay_out
 
     dtype = _as_dtype(dtype)
     folder = _existing(folder)
@@ -225,11 +229,15 @@ def _load_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | 
 
     path = _verify(folder, manifest, "model.safetensors")
     header = _read_header(path)
-    with torch.device("meta"):  # shapes only: nothing is allocated before they are known to fit the file
-        expected = DualBranchModel(config).state_dict()
+    precision = manifest["extra"].get("precision", "fp32")
+    try:
+        with torch.device("meta"):  # shapes only: nothing is allocated before they are known to fit the file
+            expected = lay_out(DualBranchModel(config), precision).state_dict()
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: the manifest's {error}") from error
     _check_tensors(path, header, {name: tuple(tensor.shape) for name, tensor in expected.items()})
     with torch.random.fork_rng(devices=[]):  # loading must not move the caller's random numbers
-        model = DualBranchModel(config)
+        model = lay_out(DualBranchModel(config), precision)
     weights = safetensors.torch.load_file(path)
     stored = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.float32)
     model.to(device=device, dtype=dtype or stored)

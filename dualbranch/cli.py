@@ -18,6 +18,8 @@ COMMANDS = {
     "import": ("importing", "make a checkpoint of ours out of a public model"),
     "convert": ("converting", "give a public model a fast branch and a gate, and heal it by self-distillation"),
     "export": ("exporting", "write a branch as a checkpoint, a Hugging Face folder or a GGUF file"),
+    "quantize": ("quantizing", "write a checkpoint with 16, 8 or 4 bits per weight, for inference"),
+    "compile": ("compiling", "make machine code for decoding with a model, once per machine"),
     "prune": ("pruning", "make a smaller conventional model, cut by importance and refitted"),
     "eval": ("evaluating", "perplexity of text, or accuracy on generated problems, by route and budget"),
 }

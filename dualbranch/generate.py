@@ -8,6 +8,7 @@ conversations that keep their cache `conversation.py`.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,15 +22,15 @@ from dualbranch.cache import KVCache
 from dualbranch.chat import Reply, render_prompt, split_reply
 from dualbranch.config import DualBranchConfig
 from dualbranch.model import DualBranchModel, ModelOutput
-from dualbranch.modes import MIN_ROOM, Mode, Phase, Rule, ThinkingController, fitted, resolve, token_rules
+from dualbranch.modes import MIN_ROOM, Mode, Phase, ThinkingController, fitted, resolve, token_rules
 from dualbranch.sampling import GREEDY, SamplingParams, sample
 
 if TYPE_CHECKING:
     from dualbranch.checkpoint import LoadedModel
     from dualbranch.tokenizer import Tokenizer
 
-#: Finished rows are taken out of a batch once fewer than this share of its rows is still running.
-COMPACT_BELOW = 0.75
+#: Waiting prompts are prefilled together, as soon as this share of a batch's rows is free: one by one they would cost more than idle rows do.
+REFILL_AT = 0.25
 
 
 class PromptTooLong(ValueError):
@@ -50,10 +51,10 @@ class Generation:
     `ids`: everything generated after `<|assistant|>`, the decision token first, `<|end|>` last if it came. `reply`: the same as text.
     Counts: `n_prompt`; `n_think` tokens between the tags; `n_answer` tokens after the reasoning, without `<|end|>`; `n_dropped` tokens of an
     answer that was tried and dropped for reasoning; `n_second_looks` tokens computed fast, then slow. `confidence`: the lowest probability of
-    a token of an answer that was tried (None where none was).
+    a token of an answer that was tried (None where none was); `n_drafted` tokens proposed by speculation, `n_accepted` of them by the slow branch.
     `use_slow[i]`: token i of prompt + ids went through the slow branch. The last generated token is never fed back, so there are
-    `n_prompt + len(ids) - 1`. `flops`: of everything computed for this reply, dropped and repeated tokens included, each by its own route and
-    position; the first `n_reused` tokens came from the cache and cost nothing.
+    `n_prompt + len(ids) - 1`. `flops`: of everything computed for this reply, dropped, drafted and repeated tokens included, each by its own route
+    and position; the first `n_reused` tokens came from the cache and cost nothing.
     """
 
     ids: list[int]
@@ -69,6 +70,8 @@ class Generation:
     n_dropped: int = 0
     n_second_looks: int = 0
     confidence: float | None = None
+    n_drafted: int = 0
+    n_accepted: int = 0
 
     @property
     def answer(self) -> str:
@@ -113,10 +116,13 @@ class Pending:
     ids: list[int] = field(default_factory=list)
     use_slow: list[bool] = field(default_factory=list)  # of every token computed so far, reused ones first
     g: float | None = None  # gate value of the pass that produced the last token
+    looks_again: bool = False  # the newest token is to be computed again, slow
     n_dropped: int = 0
     n_second_looks: int = 0
     confidence: float | None = None
-    extra_flops: float = 0.0  # of tokens dropped, and of first looks
+    n_drafted: int = 0
+    n_accepted: int = 0
+    extra_flops: float = 0.0  # of tokens dropped, of first looks, of drafts and of verified tokens that did not become the reply's
 
     @property
     def done(self) -> bool:
@@ -124,6 +130,7 @@ class Pending:
 
     def look_again(self, config: DualBranchConfig) -> None:
         """Voids the newest computed token, which went fast; the next step computes it again, slow. Mutates the sequence."""
+        self.looks_again = True
         self.use_slow.pop()
         self.extra_flops += spent_flops(config, [False], len(self.use_slow))
         self.n_second_looks += 1
@@ -148,7 +155,7 @@ class Pending:
         ids, use_slow = list(self.ids), list(self.use_slow)
         return Generation(
             ids, split_reply(tok, ids), len(self.prompt), c.n_think, c.n_answer, reason, use_slow, c.thought, flops,
-            self.n_reused, self.n_dropped, self.n_second_looks, self.confidence,
+            self.n_reused, self.n_dropped, self.n_second_looks, self.confidence, self.n_drafted, self.n_accepted,
         )  # fmt: skip
 
 
@@ -168,19 +175,17 @@ def prefill(model: DualBranchModel, prompts: Sequence[Sequence[int]], mode: Mode
 
 
 @torch.inference_mode()
-def decode_one_token(
-    model: DualBranchModel, tokens: Sequence[int], mode: Mode, cache: KVCache, running: Sequence[bool] | None = None, slow: Sequence[bool] = ()
-) -> ModelOutput:
-    """Feeds one token per row and returns logits `(B, 1, V)` of the next. Rows that are not `running` are left as they are.
+def decode_one_token(model: DualBranchModel, tokens: Sequence[int], mode: Mode, cache: KVCache, slow: Sequence[bool] = ()) -> ModelOutput:
+    """Feeds one token per row and returns logits `(B, 1, V)` of the next. Writes to and advances the cache.
 
-    In route auto the rows in `slow` go slow whatever the gate says. Writes to and advances the cache.
+    In route auto the rows in `slow` go slow whatever the gate says.
     """
-    lengths = None if running is None or all(running) else torch.tensor(running, dtype=torch.int64)
     column = torch.tensor(tokens, device=model.device)[:, None]
     threshold = None
     if any(slow):
-        threshold = torch.tensor([[math.inf if s else model.calibration.threshold(mode.budget)] for s in slow], device=model.device)
-    return model(column, mode.route, cache=cache, lengths=lengths, budget=mode.budget, threshold=threshold, last_only=True)
+        of_gate = model.calibration.threshold(mode.budget)
+        threshold = torch.tensor([[math.inf if s else of_gate] for s in slow], device=model.device)
+    return model(column, mode.route, cache=cache, budget=mode.budget, threshold=threshold, last_only=True)
 
 
 @torch.inference_mode()
@@ -193,7 +198,7 @@ def choose_tokens(logits: Tensor, sequences: Sequence[Pending], banned: Tensor, 
     if any(s.controller.undecided for s in sequences):
         r = sequences[0].controller.rules
         p_think = torch.sigmoid(logits[:, r.think] - logits[:, r.skip]).tolist()
-    rules = torch.tensor([Rule.ANSWER if s.done else s.controller.rule for s in sequences], device=logits.device)
+    rules = torch.tensor([s.controller.rule for s in sequences], device=logits.device)
     tokens = sample(logits.masked_fill(banned[rules], float("-inf")), params, [s.generator for s in sequences]).tolist()
     forced = [s.controller.forced(p) for s, p in zip(sequences, p_think, strict=True)]
     return [t if f is None else f for t, f in zip(tokens, forced, strict=True)]
@@ -225,100 +230,122 @@ def start(model: DualBranchModel, tok: Tokenizer, prompts: Sequence[Sequence[int
 
 
 def decode(
-    model: DualBranchModel, sequences: Sequence[Pending], mode: Mode, params: SamplingParams, cache: KVCache | None = None
+    model: DualBranchModel, sequences: Sequence[Pending], mode: Mode, params: SamplingParams, cache: KVCache | None = None, n_rows: int | None = None
 ) -> Iterator[list[Pending]]:
-    """Generates one token for every running sequence per step, and yields those that got one, until all are done.
+    """Generates every one of `sequences`, at least one, as many at once as the cache has rows, and yields after each step those that got a token.
 
+    A step computes one token of each running sequence, or the prompts of a group of waiting ones, which take the rows of sequences that ended.
     In route auto, a sequence whose newest token is `unsure` gets none: it takes the step to compute that token again, slow, beside the others.
     An answer tried without reasoning and then dropped (`ThinkingController.doubts`) leaves `<think>` as the sequence's only token.
-    Mutates the sequences. `cache`, if given, holds the first `n_reused` tokens of each prompt; it is advanced, shrunk only where tokens are
-    dropped or computed again, and holds everything but the token just chosen at each step. Without it one is made, and loses rows as sequences end.
+    Mutates the sequences. `cache`, if given, has a row for each that holds the first `n_reused` tokens of its prompt; it is advanced, shrunk only
+    where tokens are dropped or computed again, and holds everything but the token just chosen at each step. Without it one of at most `n_rows` is
+    made (None = a row for each), with room for the longest reply.
     """
-    live = list(sequences)  # live[b] is row b of the cache
-    own_cache = cache is None
-    if own_cache:
-        cache = model.new_cache(len(live), max(len(s.prompt) + s.controller.remaining for s in live))
-    banned = live[0].controller.rules.banned.to(model.device)
-    out = prefill(model, [s.prompt[s.n_reused :] for s in live], mode, cache)
-    n_new = [len(s.prompt) - s.n_reused for s in live]  # valid columns of each row of `out`
+    if cache is None:
+        capacity = max(len(s.prompt) + s.controller.remaining for s in sequences)
+        cache = model.new_cache(min(n_rows or len(sequences), len(sequences)), capacity)
+    banned = sequences[0].controller.rules.banned.to(model.device)
     sure = model.calibration.confidence(mode.budget) if mode.route == "auto" and model.calibration is not None else 0.0
-    while True:
-        _record(out, live, n_new)
-        logits = out.logits[:, -1]
-        again = unsure(live, logits, sure)
-        ready = [b for b, s in enumerate(live) if not again[b] and not s.done]  # rows that get a token
-        stepped, n_kept = [live[b] for b in ready], cache.n_cached.clone()
-        for b, s in enumerate(live):
-            if again[b]:
-                s.look_again(model.config)
-                n_kept[b] -= 1
-        if stepped:
-            if len(ready) < len(live):
-                logits = logits[ready]
-            tokens = choose_tokens(logits, stepped, banned, params)
-            p = _probabilities(logits, tokens) if any(s.controller.on_trial for s in stepped) else [1.0] * len(stepped)
-            for b, s, token, p_token in zip(ready, stepped, tokens, p, strict=True):
-                if s.controller.on_trial:
-                    s.confidence = min(p_token, 1.0 if s.confidence is None else s.confidence)
-                if s.controller.doubts(p_token):
-                    s.reconsider(model.config)
-                    n_kept[b] = len(s.prompt)
-                else:
-                    s.ids.append(token)
-                    s.controller.advance(token)
-        cache.truncate(n_kept)
+    waiting = deque(sequences)
+    live: list[Pending] = []  # live[b] is row b of the cache; the rows after them are free
+    while live or waiting:
+        n_free = cache.n_rows - len(live)
+        if waiting and n_free >= min(len(waiting), REFILL_AT * cache.n_rows):
+            group = [waiting.popleft() for _ in range(min(n_free, len(waiting)))]
+            rows = cache.rows(len(live), len(live) + len(group))
+            rows.truncate([s.n_reused for s in group])
+            live = [*live, *group]
+            out = prefill(model, [s.prompt[s.n_reused :] for s in group], mode, rows)
+        else:
+            group, rows = live, cache.rows(0, len(live))
+            out = decode_one_token(model, [s.ids[-1] for s in group], mode, rows, [s.looks_again for s in group])
+        _record(out, group)
+        stepped = _extend(model, group, out.logits[:, -1], banned, params, sure)
+        if any(s.looks_again or len(s.ids) == 1 for s in group):  # a token was voided, or an answer dropped
+            rows.truncate([len(s.use_slow) for s in group])
         if stepped:
             yield stepped
-        running = [not s.done for s in live]
-        if not any(running):
-            return
-        if own_cache and sum(running) < COMPACT_BELOW * len(live):
-            index = [b for b, r in enumerate(running) if r]
-            cache = cache.select_rows(torch.tensor(index))
-            live, again, running = [live[b] for b in index], [again[b] for b in index], [True] * len(index)
-        out = decode_one_token(model, [s.ids[-1] for s in live], mode, cache, running, again)
-        n_new = [int(r) for r in running]
+        live = _without_ended(live, cache)
 
 
-def _probabilities(logits: Tensor, tokens: Sequence[int] | Tensor) -> list[float]:
-    """Of each row's token, by the model alone: no temperature, no rules."""
-    chosen = torch.as_tensor(tokens, device=logits.device)[:, None]
-    return (logits.gather(1, chosen)[:, 0] - logits.logsumexp(-1)).exp().tolist()
+def _extend(model: DualBranchModel, group: Sequence[Pending], logits: Tensor, banned: Tensor, params: SamplingParams, sure: float) -> list[Pending]:
+    """Gives each sequence its next token, by `logits (B, V)`, unless its newest one is to be computed again; those that got one. Mutates them."""
+    probs = None  # the model's own: no temperature, no rules
+    if sure > 0.0 or any(s.controller.on_trial for s in group):
+        probs = logits.softmax(-1)
+    again = unsure(group, probs, sure)
+    stepped = [s for s, a in zip(group, again, strict=True) if not a]
+    if len(stepped) < len(group):
+        for s, a in zip(group, again, strict=True):
+            if a:
+                s.look_again(model.config)
+        if not stepped:
+            return []
+        ready = torch.tensor(again, device=logits.device).logical_not()
+        logits, probs = logits[ready], probs[ready]
+    tokens = choose_tokens(logits, stepped, banned, params)
+    p = [1.0] * len(stepped)
+    if any(s.controller.on_trial for s in stepped):
+        p = probs.gather(1, torch.tensor(tokens, device=probs.device)[:, None])[:, 0].tolist()
+    for s, token, p_token in zip(stepped, tokens, p, strict=True):
+        if s.controller.on_trial:
+            s.confidence = min(p_token, 1.0 if s.confidence is None else s.confidence)
+        if s.controller.doubts(p_token):
+            s.reconsider(model.config)
+        else:
+            s.ids.append(token)
+            s.controller.advance(token)
+    return stepped
 
 
-def unsure(live: Sequence[Pending], logits: Tensor, sure: float) -> list[bool]:
-    """Whose newest token went fast and leaves the next one unsure: its likeliest successor, by `logits (B, V)`, has a probability below `sure`.
+def unsure(group: Sequence[Pending], probs: Tensor | None, sure: float) -> list[bool]:
+    """Whose newest token went fast and leaves the next one unsure: its likeliest successor, by `probs (B, V)`, is less probable than `sure`.
 
-    Where the next token is no text of the model's own choice, nothing is unsure.
+    Where the next token is no text of the model's own choice, nothing is unsure; nor where `sure` is 0 (`probs` is not read then).
     """
     if sure <= 0.0:
-        return [False] * len(live)
-    p = _probabilities(logits, logits.argmax(-1))
-    return [p < sure and bool(s.ids) and not s.use_slow[-1] and s.controller.chooses_text for s, p in zip(live, p, strict=True)]
+        return [False] * len(group)
+    p = probs.amax(-1).tolist()
+    return [p < sure and bool(s.ids) and not s.use_slow[-1] and s.controller.chooses_text for s, p in zip(group, p, strict=True)]
 
 
-def _record(out: ModelOutput, live: Sequence[Pending], n_new: Sequence[int]) -> None:
-    """Notes on each sequence which branch computed its `n_new` newest tokens, and the gate value of the last. Mutates them."""
+def _record(out: ModelOutput, group: Sequence[Pending]) -> None:
+    """Notes on each sequence which branch computed its newest tokens, and the gate value of the last. Mutates them."""
     use_slow = None if out.use_slow is None else out.use_slow.tolist()
     g = None if out.g is None else out.g.tolist()
-    for b, (s, n) in enumerate(zip(live, n_new, strict=True)):
-        if n:
-            s.use_slow += [True] * n if use_slow is None else use_slow[b][:n]
-            s.g = None if g is None else g[b][n - 1]
+    for b, s in enumerate(group):
+        n = len(s.prompt) + len(s.ids) - len(s.use_slow)  # tokens not computed so far: the rest of the prompt, or the newest token
+        s.use_slow += [True] * n if use_slow is None else use_slow[b][:n]
+        s.g = None if g is None else g[b][n - 1]
+        s.looks_again = False
+
+
+def _without_ended(live: list[Pending], cache: KVCache) -> list[Pending]:
+    """Those of `live` that go on, again as the first rows of the cache: the last ones take the places of those that ended. Mutates the cache."""
+    n = sum(not s.done for s in live)
+    if n == len(live):
+        return live
+    places = [b for b in range(n) if live[b].done]
+    movers = [b for b in range(n, len(live)) if not live[b].done]
+    if movers:
+        cache.copy_rows(movers, places)
+    kept = live[:n]
+    for place, mover in zip(places, movers, strict=True):
+        kept[place] = live[mover]
+    return kept
 
 
 @lru_cache(maxsize=8)
-def _flops_table(config: DualBranchConfig, n_positions: int) -> Tensor:
-    """`(2, n_positions)` fp64: FLOPs of a fast [0] and a slow [1] token at each position."""
-    return torch.tensor([[token_flops(config, share, n) for n in range(n_positions)] for share in (0.0, 1.0)], dtype=torch.float64)
+def _flops_table(config: DualBranchConfig, n_positions: int) -> tuple[list[float], list[float]]:
+    """FLOPs of a fast [0] and a slow [1] token at each position."""
+    return tuple([token_flops(config, share, n) for n in range(n_positions)] for share in (0.0, 1.0))
 
 
 def spent_flops(config: DualBranchConfig, use_slow: Sequence[bool], n_cached: int = 0) -> float:
     """FLOPs of tokens at positions `n_cached, n_cached + 1, ...`, of which `use_slow` went slow (`accounting.token_flops`, summed)."""
     end = n_cached + len(use_slow)
-    table = _flops_table(config, max(256, 1 << (end - 1).bit_length()) if end else 1)
-    position = torch.arange(n_cached, end)
-    return float(table[torch.tensor(use_slow, dtype=torch.int64), position].sum())
+    fast, slow = _flops_table(config, max(256, 1 << (end - 1).bit_length()) if end else 1)
+    return math.fsum(slow[n] if s else fast[n] for n, s in enumerate(use_slow, n_cached))
 
 
 def generate_batch(
@@ -335,10 +362,9 @@ def generate_batch(
     """
     mode = resolve(mode)
     sequences = start(model, tok, prompts, mode, params)
-    by_length = sorted(sequences, key=lambda s: len(s.prompt))  # little padding, and short caches for short prompts
-    for i in range(0, len(by_length), batch_size):
-        for _ in decode(model, by_length[i : i + batch_size], mode, params):
-            pass
+    by_length = sorted(sequences, key=lambda s: len(s.prompt))  # little padding in what is prefilled together
+    for _ in decode(model, by_length, mode, params, n_rows=batch_size) if by_length else ():
+        pass
     return [s.result(model, tok) for s in sequences]
 
 
@@ -350,14 +376,22 @@ def stream(
     params: SamplingParams = GREEDY,
     cache: KVCache | None = None,
     n_reuse: int = 0,
+    speculate: bool = False,
 ) -> Iterator[Event]:
     """Events of one reply, token by token; the last carries the `Generation`. Raises at once what `start` raises.
 
+    `speculate`, for route slow: the fast branch drafts and the slow one verifies (`speculate.py`); ValueError where that can't be.
     With `cache` (one row), its first `n_reuse` tokens must be those of the prompt, and at least one prompt token must be new; the
     cache is truncated to them and then advanced. Stop iterating whenever you like: the cache holds what was computed.
     """
     mode = resolve(mode)
     (pending,) = start(model, tok, [prompt_ids], mode, params)
+    if speculate:
+        from dualbranch import speculate as speculation
+
+        steps = speculation.speculate(model, pending, params, cache)
+    else:
+        steps = decode(model, [pending], mode, params, cache)
     if cache is not None:
         if not 0 <= n_reuse < len(pending.prompt) or n_reuse > int(cache.n_cached[0]):
             n_cached = int(cache.n_cached[0])
@@ -365,12 +399,12 @@ def stream(
         cache.truncate(n_reuse)
         pending.n_reused = n_reuse
         pending.use_slow = cache.from_slow[0, :n_reuse].tolist()
-    return _events(model, tok, pending, mode, params, cache)
+    return _events(model, tok, pending, steps)
 
 
-def _events(model: DualBranchModel, tok: Tokenizer, pending: Pending, mode: Mode, params: SamplingParams, cache: KVCache | None) -> Iterator[Event]:
+def _events(model: DualBranchModel, tok: Tokenizer, pending: Pending, steps: Iterator[list[Pending]]) -> Iterator[Event]:
     text, held = tok.stream(), []  # events of an answer that may yet be dropped
-    for _ in decode(model, [pending], mode, params, cache):
+    for _ in steps:
         token = pending.ids[-1]
         if len(pending.ids) == 1:
             text, held = tok.stream(), []
@@ -395,6 +429,7 @@ def generate(
     thinking: str | None = None,
     budget: float | None = None,
     thinking_budget: int | None = None,
+    speculate: bool = False,
     **sampling: Any,
 ) -> Generation:
     """The model's reply to `prompt`: a user's text, or messages as for `render_prompt`.
@@ -402,15 +437,19 @@ def generate(
         loaded = dualbranch.load("runs/small")
         print(dualbranch.generate(loaded, "What is 12 + 30?", mode="think").answer)
 
-    `mode` and the four knobs are those of `resolve`; `sampling` are the fields of `SamplingParams` (temperature, top_k, top_p, min_p,
-    seed, max_tokens). Raises ValueError for anything out of range, an empty prompt, and PromptTooLong.
+    `mode` and the four knobs are those of `resolve`, `speculate` that of `stream`; `sampling` are the fields of `SamplingParams` (temperature,
+    top_k, top_p, min_p, seed, max_tokens). Raises ValueError for anything out of range, an empty prompt, and PromptTooLong.
     """
     unknown = sampling.keys() - SamplingParams.__dataclass_fields__.keys()
     if unknown:
         raise ValueError(f"unknown setting {min(unknown)!r}; sampling settings are {', '.join(SamplingParams.__dataclass_fields__)}")
     ids = prompt_ids(loaded.tokenizer, prompt)
     mode = fitted(resolve(mode, route, thinking, budget, thinking_budget), loaded.tokenizer, asked=thinking == "on")
-    (generation,) = generate_batch(loaded.model, loaded.tokenizer, [ids], mode, SamplingParams(**sampling))
+    params = SamplingParams(**sampling)
+    if speculate:
+        *_, last = stream(loaded.model, loaded.tokenizer, ids, mode, params, speculate=True)
+        return last.generation
+    (generation,) = generate_batch(loaded.model, loaded.tokenizer, [ids], mode, params)
     return generation
 
 

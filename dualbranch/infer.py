@@ -27,6 +27,7 @@ from kernels.backend import BACKENDS, set_backend
 
 if TYPE_CHECKING:
     from dualbranch.checkpoint import LoadedModel
+    from dualbranch.model import DualBranchModel
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -68,11 +69,15 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", metavar="TEXT", help="reply to this and exit; - reads stdin")
     p.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
     p.add_argument("--device", metavar="DEVICE", help="cpu, cuda, ... (default: cuda where there is one)")
+    what = "weights: fp32, bf16, int8 or int4, or by part: slow=int8,fast=int4,head=int8 (default: as stored; int8 where `dualbranch compile` was run for it)"
+    p.add_argument("--precision", metavar="P", help=what)
+    p.add_argument("--no-compile", action="store_true", help="decode without the code that `dualbranch compile` made")
     p.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes attention; auto: Triton on a GPU, else plain PyTorch (default: auto)")
     knobs = p.add_argument_group("knobs of a mode")
     knobs.add_argument("--route", choices=ROUTES, help="which branch computes")
     knobs.add_argument("--thinking", choices=THINKING, help="whether a reasoning block comes first")
     knobs.add_argument("--thinking-budget", type=int, metavar="N", help="most tokens of reasoning")
+    knobs.add_argument("--speculate", action="store_true", help="route slow, one prompt: the fast branch drafts, the slow one verifies; the same replies")
     knobs.add_argument("--budget", type=float, metavar="SHARE", help="route auto: share of tokens that may go slow, 0 to 1")
     sampling = p.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, default=d.temperature, metavar="X", help="0 is greedy (default: %(default)s)")
@@ -123,8 +128,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("the prompt is empty; give --prompt TEXT, or pipe text in")
     if text is None and args.json:
         raise ValueError("--json needs a prompt; give --prompt TEXT, or pipe text in")
+    if text is None and args.speculate:
+        raise ValueError("--speculate needs a prompt; give --prompt TEXT, or pipe text in")
     set_backend(args.backend)
     loaded, name = load_model(args.model, args.device, args.accept_gemma_terms)
+    prepare(loaded.model, args.precision, not args.no_compile)
     asked, mode = mode, fitted(mode, loaded.tokenizer, asked=args.thinking == "on")
     if mode.thinking != asked.thinking == "on":
         print(f"{name} has no thinking mode: mode {mode.name} means route {mode.route}, and answers come without reasoning", file=sys.stderr)
@@ -136,10 +144,10 @@ def run(args: argparse.Namespace) -> int:
         messages.insert(0, {"role": "system", "content": args.system})
     ids = prompt_ids(loaded.tokenizer, messages)
     if args.json:
-        print(json.dumps(as_json(loaded, name, ids, mode, params, args.show_gate), ensure_ascii=False))
+        print(json.dumps(as_json(loaded, name, ids, mode, params, args.show_gate, args.speculate), ensure_ascii=False))
         return 0
     out = Printer(sys.stdout, args.show_gate)
-    with contextlib.closing(stream(loaded.model, loaded.tokenizer, ids, mode, params)) as events:
+    with contextlib.closing(stream(loaded.model, loaded.tokenizer, ids, mode, params, speculate=args.speculate)) as events:
         generation, timing = out.reply(events)
     print(closing_line(generation, timing), file=sys.stderr)
     return 0
@@ -162,6 +170,24 @@ def load_model(path_or_name: str | None, device: str | None, accept_terms: bool 
         raise ValueError(f"--device {device} can't be used here ({str(error).splitlines()[0]}); give cpu, or leave it out") from error
     loaded = checkpoint.load(path_or_name, device=device, accept_terms=accept_terms)
     return loaded, str(path_or_name)
+
+
+def prepare(model: DualBranchModel, precision: str | None, compiled: bool) -> None:
+    """Packs the weights at `precision`, and decodes with compiled code where there is some. With precision None: as the weights are, or in int8 if
+    code was compiled for that alone. Mutates the model."""
+    from dualbranch.compiled import is_built
+    from dualbranch.precision import quantize
+
+    compiled = compiled and model.device.type == "cpu"
+    if precision is None and compiled and not is_built(model, model.precision) and model.precision == "fp32" and is_built(model, "int8"):
+        precision = "int8"
+        print("weights rounded to int8 (--precision fp32 keeps them)", file=sys.stderr)
+    if precision is not None and precision != model.precision:
+        quantize(model, precision)
+    if compiled and is_built(model, model.precision):
+        model.compile_decode()
+    elif compiled and model.precision != "fp32":
+        print(f"decoding packed weights is slow without compiled code; make it with: dualbranch compile MODEL --precision {model.precision}", file=sys.stderr)
 
 
 # ---- printing
@@ -256,7 +282,7 @@ def use_colour(out: TextIO) -> bool:
 
 
 def closing_line(g: Generation, t: Timing, show_reuse: bool = False) -> str:
-    """What the reply took: tokens, speed, share of slow tokens (prompt included) and FLOPs."""
+    """What the reply took: tokens, speed, share of slow tokens (prompt included), FLOPs, and what became of drafts."""
     parts = [
         f"{len(g.ids)} tokens ({g.n_think} reasoning)",
         f"{t.tokens_per_second:.1f} tokens/s",
@@ -264,6 +290,8 @@ def closing_line(g: Generation, t: Timing, show_reuse: bool = False) -> str:
         f"{100 * g.slow_share:.0f}% slow",
         f"{si(g.flops)}FLOPs",
     ]
+    if g.n_drafted:
+        parts.append(f"{g.n_accepted} of {g.n_drafted} drafts accepted")
     if show_reuse:
         parts.append(f"{g.n_reused} of {g.n_prompt} prompt tokens reused")
     if g.finish_reason == "length":
@@ -280,9 +308,9 @@ def si(x: float) -> str:
     return f"{x:.3g} P"
 
 
-def as_json(loaded: LoadedModel, name: str, ids: list[int], mode: Mode, params: SamplingParams, show_gate: bool) -> dict[str, Any]:
+def as_json(loaded: LoadedModel, name: str, ids: list[int], mode: Mode, params: SamplingParams, show_gate: bool, speculate: bool = False) -> dict[str, Any]:
     """The reply and everything measured about it, as plain JSON."""
-    timer = _Timer(stream(loaded.model, loaded.tokenizer, ids, mode, params))
+    timer = _Timer(stream(loaded.model, loaded.tokenizer, ids, mode, params, speculate=speculate))
     events = list(timer)
     g, t = events[-1].generation, timer.timing()
     result = {
@@ -299,6 +327,8 @@ def as_json(loaded: LoadedModel, name: str, ids: list[int], mode: Mode, params: 
         "n_answer": g.n_answer,
         "slow_share": g.slow_share,
         "flops": g.flops,
+        "n_drafted": g.n_drafted,
+        "n_accepted": g.n_accepted,
         "seconds": t.total,
         "seconds_to_first_token": t.first,
         "tokens_per_second": t.tokens_per_second,

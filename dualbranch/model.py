@@ -5,11 +5,11 @@ Read this file first, then `block.py` for the formula and `kernels/reference.py`
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -19,7 +19,11 @@ from dualbranch.cache import KVCache, NoCache
 from dualbranch.config import DualBranchConfig
 from dualbranch.gate import Calibration, GatingController
 from dualbranch.layers import Rope, ScaledEmbedding
+from dualbranch.packed import logits_of
 from dualbranch.routing import Grid, Partition, TokenGroup
+from dualbranch.runner import Runner
+
+logger = logging.getLogger(__name__)
 
 ROUTES = ("slow", "fast", "auto", "soft")
 
@@ -53,6 +57,8 @@ class DualBranchModel(nn.Module):
         super().__init__()
         self.config = config
         self.calibration: Calibration | None = None
+        self.precision = "fp32"  # of packed weights: precision.py
+        self.runner: Runner | None = None
         scaled = config.embed_scale != 1.0
         self.embed = ScaledEmbedding(config.vocab_size, config.d_model, config.embed_scale) if scaled else nn.Embedding(config.vocab_size, config.d_model)
         self.rope = Rope(config)
@@ -83,15 +89,15 @@ class DualBranchModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embed.weight.device
+        return self.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
+        return self.norm.weight.dtype
 
     def cost(self, route: str | float = "slow", n_cached: int = 0) -> accounting.Cost:
         """Parameters, FLOPs and KV bytes of one token with `n_cached` tokens before it; `route` is "slow", "fast" or a share of slow tokens."""
-        return accounting.token_cost(self.config, route, n_cached, kv_element_bytes=self.embed.weight.element_size())
+        return accounting.token_cost(self.config, route, n_cached, kv_element_bytes=self.norm.weight.element_size())
 
     def new_cache(self, n_rows: int, capacity: int) -> KVCache:
         """An empty cache on this model's device and in its dtype."""
@@ -124,6 +130,8 @@ class DualBranchModel(nn.Module):
         if self.config.fast_only and (bool(route.any()) if isinstance(route, Tensor) else route != "fast"):
             asked = "a slow token" if isinstance(route, Tensor) else f"route {route!r}"
             raise ValueError(f"{asked}: this model was exported with its fast branch alone; it runs on route fast only (mode fast)")
+        if self.runner is not None and logits_at is None and Runner.takes(tokens, route, cache):
+            return self.runner(tokens, lambda x: self._decide(x, route, budget, threshold, (1, 1)), cache)
         grid, keys, n_new = self._place(tokens, cache, lengths, doc_start)
         B, T = tokens.shape
         whole = grid.whole()
@@ -157,9 +165,26 @@ class DualBranchModel(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: residual stream `(..., E)` to fp32 `(..., V)`."""
-        weight = self.embed.weight if self.head is None else self.head.weight
-        logits, cap = F.linear(self.norm(x), weight).float(), self.config.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        if self.runner is not None and x.shape[:-1].numel() == 1 and not torch.is_grad_enabled():
+            return self.runner.logits(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        return logits_of(self.norm, self.embed if self.head is None else self.head, self.config.logit_softcap, x)
+
+    def compile_decode(self, build: bool = False) -> bool:
+        """Decodes single rows with compiled code from now on, where it was built for such a model (`dualbranch compile`), or can be and `build` says so.
+
+        Returns whether it does; where not, the log says why.
+        """
+        from dualbranch import compiled
+
+        reason = compiled.unavailable(self)
+        if reason is None and build:
+            compiled.build(self, logger.info)
+        steps = None if reason else compiled.load_steps(self)
+        if steps is None:
+            logger.warning("decoding runs uncompiled: %s", reason or "nothing was built yet for such a model on this machine (`dualbranch compile`)")
+            return False
+        self.runner = Runner(self, steps)
+        return True
 
     def _place(self, tokens: Tensor, cache: KVCache | None, lengths: Tensor | None, doc_start: Tensor | None) -> tuple[Grid, object, Tensor]:
         """Positions on the key axis, and where keys are stored."""

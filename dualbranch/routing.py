@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import AttentionPlan
+from kernels import AttentionPlan, SparseSpec, dense_attention, sparse_attention
 
 #: cos and sin `(N, 1, R)` at each token's position, in the model's dtype.
 Angles = tuple[Tensor, Tensor]
@@ -50,6 +50,12 @@ class TokenGroup:
         """`(B, Tg, ...) -> (N, ...)`, the inverse of `to_grid`."""
         flat = grid.flatten(0, 1)
         return flat if self.slots is None else flat.index_select(0, self.slots)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pooled: Tensor | None, reads: SparseSpec | None) -> Tensor:
+        """Attention of queries `q (N, H, D)` over keys and values `(B, S, Hk, D)`, all of them or what `reads` chooses: `(N, H, D)`."""
+        q = self.to_grid(q)
+        y = dense_attention(q, k, v, self.plan) if reads is None else sparse_attention(q, k, v, self.plan, reads, pooled)
+        return self.from_grid(y)
 
 
 def pick(angles: Angles | None, index: Tensor) -> Angles | None:

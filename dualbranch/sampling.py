@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,24 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator | 
     else:
         u = torch.cat([torch.rand(1, dtype=torch.float64, generator=g) for g in generator])
     probs, ids = filtered_probs(logits, params)
-    cumulative = probs.cumsum(-1)
-    # u * mass < mass, so the drawn rank is one of a token with a probability above 0, whatever the rounding
-    rank = torch.searchsorted(cumulative, u.to(probs.device)[:, None] * cumulative[:, -1:], right=True)
-    last = (probs > 0).sum(-1, keepdim=True) - 1
-    return ids.gather(-1, torch.minimum(rank, last)).squeeze(-1)
+    return ids.gather(-1, draw(probs, u)[:, None]).squeeze(-1)
+
+
+def token_probs(logits: Tensor, params: SamplingParams) -> Tensor:
+    """The distribution that `sample` draws from, `(B, V)` fp64 by token id; greedy: all of it on the best token."""
+    if params.temperature == 0.0:
+        return one_hot(logits.argmax(-1), logits.shape[-1]).double()
+    probs, ids = filtered_probs(logits, params)
+    return torch.zeros_like(probs).scatter(-1, ids, probs)
+
+
+def draw(weights: Tensor, u: Tensor) -> Tensor:
+    """One index per row `(B,)`, index i with probability `weights[b, i]` over their sum, by uniform numbers `u (B,)` in [0, 1).
+
+    `weights (B, N)` fp64, at least 0, one of each row above 0. An index of weight 0 is never drawn, whatever the rounding.
+    """
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1:].contiguous()
+    index = torch.searchsorted(cumulative, u.to(weights.device)[:, None] * total, right=True)
+    last = torch.searchsorted(cumulative, total)  # the last weight above 0, for a u that rounds up to all of the mass
+    return torch.minimum(index, last).squeeze(-1)

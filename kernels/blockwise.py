@@ -209,7 +209,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec:
         return _by_row(q, k, v, plan, spec, pooled)
     if pooled is None:
         pooled = pool_keys(k.detach(), spec.block_size)
-    if T <= FEW_QUERIES and _indexable(q, k, v):
+    if T <= FEW_QUERIES and _indexable(q, k, v) and _fits(k, spec):
         return _sparse_by_index(q, k, v, plan, spec, pooled)
     block_ids = select_blocks(q, pooled, plan, spec)
     way = _gathered if T <= FEW_QUERIES else _masked
@@ -289,6 +289,12 @@ def _indexable(q: Tensor, k: Tensor, v: Tensor) -> bool:
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     token_major = k.stride() == v.stride() and k.stride()[1:] == (k.shape[2] * k.shape[3], k.shape[3], 1)
     return q.device.type == "cpu" and q.dtype == torch.float32 and token_major and not trained
+
+
+def _fits(k: Tensor, spec: SparseSpec) -> bool:
+    """Whether a query's list is no longer than the table: PyTorch drops entries of a sparse row that has more of them than columns."""
+    longest = max(spec.n_sinks + spec.window, spec.dense_len) + spec.n_selected_blocks * spec.block_size
+    return longest <= k.shape[1] * k.shape[2]
 
 
 def _table(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dualbranch.accounting import token_flops
 from dualbranch.chat import render_prompt, split_reply
 from dualbranch.checkpoint import LoadedModel
 from dualbranch.conversation import Conversation
-from dualbranch.generate import Generation, PromptTooLong, generate, generate_batch, prompt_ids, stream
+from dualbranch.generate import REFILL_AT, Generation, PromptTooLong, decode, generate, generate_batch, prompt_ids, start, stream
 from dualbranch.modes import MIN_ROOM, MODES, Phase, ThinkingController, resolve, token_rules
 from dualbranch.sampling import SamplingParams
 
@@ -180,9 +180,10 @@ def test_second_looks_and_trials_are_the_same_in_a_batch_alone_and_streamed(tiny
     params = [SamplingParams(max_tokens=40, temperature=temperature, seed=3 + i) for i in range(len(prompts))]
     sure = sorted(g.confidence for g in generate_batch(calibrated(tok, think_threshold=1.1, direct_confidence=0.0), tok, prompts, "auto", params[0]))
     model.calibration = dataclasses.replace(model.calibration, direct_confidence=sure[len(sure) // 2])
-    batch = generate_batch(model, tok, prompts, "auto", params[0])
     alone = [generate_batch(model, tok, [p], "auto", x)[0] for p, x in zip(prompts, params, strict=True)]
-    assert [(g.ids, g.use_slow, g.n_dropped) for g in batch] == [(g.ids, g.use_slow, g.n_dropped) for g in alone]
+    for batch_size in (2, len(prompts)):
+        batch = generate_batch(model, tok, prompts, "auto", params[0], batch_size)
+        assert [(g.ids, g.use_slow, g.n_dropped) for g in batch] == [(g.ids, g.use_slow, g.n_dropped) for g in alone], batch_size
     assert {g.n_dropped > 0 for g in batch} == {True, False} and sum(g.n_second_looks for g in batch) > 0
     for prompt, x, g in zip(prompts, params, alone, strict=True):
         events = list(stream(model, tok, prompt, "auto", x))
@@ -203,19 +204,63 @@ def test_a_conversation_goes_on_after_dropped_answers_as_if_they_had_never_been(
 # ---- batches
 
 
+def ragged_prompts(tok, n: int, seed: int = 0) -> list[list[int]]:
+    """Prompts in no order of length, with room for 2 to 240 tokens of reply: rows come and go at very different steps, every fourth at once."""
+    rng = random.Random(seed)
+    lengths = [252 if i % 4 == 1 else rng.choice((8, 30, 60, 200, 225, 240, 248)) for i in range(n)]
+    return [[tok.bos_id, *rng.choices(range(12, tok.vocab_size), k=k), tok.control["<|assistant|>"]] for k in lengths]
+
+
 @pytest.mark.parametrize("name", MODES)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_reply_is_the_same_in_a_batch_and_alone_while_rows_come_and_go(tiny, name, temperature):
+def test_a_reply_is_the_same_alone_and_in_a_batch_of_any_size_while_rows_come_and_go(tiny, name, temperature):
     model, tok = tiny
-    rng = random.Random(0)
-    # rooms from 2 to 246 tokens: rows end at very different steps, so the batch is compacted several times
-    prompts = [[tok.bos_id, *rng.choices(range(12, tok.vocab_size), k=n), tok.control["<|assistant|>"]] for n in (8, 60, 200, 225, 240, 248, 252, 30)]
-    batch = generate_batch(model, tok, prompts, name, SamplingParams(temperature=temperature, max_tokens=60, seed=3))
-    split = generate_batch(model, tok, prompts, name, SamplingParams(temperature=temperature, max_tokens=60, seed=3), batch_size=3)
-    alone = [generate_batch(model, tok, [p], name, SamplingParams(temperature=temperature, max_tokens=60, seed=3 + i))[0] for i, p in enumerate(prompts)]
-    assert batch == alone
-    assert split == alone
-    assert len({len(g.ids) for g in batch}) > 3
+    prompts = ragged_prompts(tok, 9)
+    params = [SamplingParams(temperature=temperature, max_tokens=40, seed=3 + i) for i in range(len(prompts))]
+    alone = [generate_batch(model, tok, [p], name, x)[0] for p, x in zip(prompts, params, strict=True)]
+    assert len({len(g.ids) for g in alone}) > 3
+    for batch_size in (1, 2, 3, 7, len(prompts)):
+        assert generate_batch(model, tok, prompts, name, params[0], batch_size) == alone, batch_size
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_waiting_prompts_take_the_rows_of_ended_replies_in_one_cache_of_batch_size_rows(tiny, batch_size, monkeypatch):
+    model, tok = tiny
+    prompts = ragged_prompts(tok, 24, seed=1)
+    passes, caches, new_cache = [], [], model.new_cache
+    monkeypatch.setattr(model, "new_cache", lambda n_rows, capacity: caches.append((n_rows, capacity)) or new_cache(n_rows, capacity), raising=False)
+    hook = model.embed.register_forward_hook(lambda module, args, out: passes.append(args[0].shape))
+    try:
+        replies = generate_batch(model, tok, prompts, "auto", SamplingParams(max_tokens=20), batch_size)
+    finally:
+        hook.remove()
+    assert caches == [(batch_size, max(len(p) + min(20, model.config.max_seq_len - len(p)) for p in prompts))]
+    n_waiting, n_decoded = len(prompts), 0
+    for n_rows, n_cols in passes:
+        assert n_rows <= batch_size
+        enough = min(n_waiting, REFILL_AT * batch_size)
+        if n_cols > 1:  # a group of prompts
+            assert n_rows >= enough
+            n_waiting -= n_rows
+        else:
+            assert n_waiting == 0 or batch_size - n_rows < enough
+            n_decoded += n_rows
+    assert n_waiting == 0
+    assert n_decoded == sum(len(g.ids) - 1 for g in replies)  # no row of an ended reply was ever computed
+
+
+def test_a_waiting_prompt_is_left_alone_until_its_turn(tiny):
+    model, tok = tiny
+    mode, params = resolve("auto"), SamplingParams(temperature=1.0, max_tokens=16, seed=5)
+    sequences = start(model, tok, ragged_prompts(tok, 8), mode, params)
+    untouched = [s.generator.get_state() for s in sequences]
+    n_started = 0
+    for _ in decode(model, sequences, mode, params, n_rows=3):
+        n_started = max(n_started, sum(bool(s.ids) for s in sequences))
+        assert sum(bool(s.ids) and not s.done for s in sequences) <= 3
+        for s, state in list(zip(sequences, untouched, strict=True))[n_started:]:  # turns are taken in order
+            assert not s.ids and not s.use_slow and torch.equal(s.generator.get_state(), state)
+    assert n_started == len(sequences) and all(s.done for s in sequences)
 
 
 def test_same_seed_same_reply_and_another_seed_another(tiny):

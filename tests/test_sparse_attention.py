@@ -244,6 +244,16 @@ def test_decode_of_ragged_rows_matches_reference_and_reads_nothing_else(data):
     assert_same(sparse_attention(q, k, v, plan, spec, pooled), expected)
 
 
+def test_one_kv_head_may_have_fewer_keys_than_a_query_lists():
+    """Just above dense_len a list of sinks, window and blocks, repetitions hidden, is longer than the table of keys."""
+    spec = SparseSpec(block_size=4, n_selected_blocks=2, window=8, n_sinks=2, dense_len=16)
+    for S in range(17, 21):
+        q, k, v = make(1, 1, S, 2, 1, 8)
+        plan = AttentionPlan(torch.tensor([[S - 1]]), S)
+        for _ in range(2):  # as the layers of one forward share the plan
+            assert_same(sparse_attention(q, k, v, plan, spec), reference.sparse_attention(q, k, v, plan, spec))
+
+
 def test_selection_follows_the_scores_of_its_own_group():
     """Planted: KV head 0's queries point at block 4, head 1's at block 6; swapping the groups would swap the blocks."""
     q, k, _ = make(1, 1, 100, 4, 2, 8)

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from dualbranch.checkpoint import load
+from dualbranch.checkpoint import LoadedModel, load
 from dualbranch.cli import add_model
 
 ON = ("text", "corpus", "tasks")
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, metavar="N", help="of each text, windows spread evenly over it (default: all of it)")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="of a corpus (default: %(default)s)")
     parser.add_argument("--n-problems", type=int, default=24, metavar="N", help="per task (default: %(default)s)")
+    parser.add_argument("--precision", default="fp32", metavar="P", help="round the weights first: bf16, int8, int4, or by part (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print everything measured as JSON")
 
 
@@ -35,6 +36,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def load_rounded(args: argparse.Namespace) -> LoadedModel:
+    """The model, at the precision asked for."""
+    from dualbranch.precision import quantize
+
+    loaded = load(args.model, accept_terms=args.accept_gemma_terms)
+    if args.precision != "fp32":
+        quantize(loaded.model, args.precision)
+    return loaded
+
+
 def on_text(args: argparse.Namespace, kind: str, names: list[str]) -> dict:
     """Prints one line per text, route and budget; returns what `evaluate_texts` does."""
     from dualbranch.data.corpora import load_corpus
@@ -43,7 +54,7 @@ def on_text(args: argparse.Namespace, kind: str, names: list[str]) -> dict:
 
     budgets = sorted({check_budget(b) for b in args.budgets})
     texts = {name: [read_text(name, args.wikitext, args.last)] if kind == "text" else load_corpus(name, args.split) for name in names}
-    loaded = load(args.model, accept_terms=args.accept_gemma_terms)
+    loaded = load_rounded(args)
 
     def note(name: str, records: list[dict]) -> None:
         print(f"{name}" + (", WikiText's token spacing undone" if args.wikitext else ""), file=out)
@@ -68,7 +79,7 @@ def on_tasks(args: argparse.Namespace, names: list[str]) -> dict:
 
     if unknown := sorted(set(names) - set(TASKS)):
         raise ValueError(f"unknown tasks {unknown}; there are {', '.join(TASKS)}")
-    loaded = load(args.model, accept_terms=args.accept_gemma_terms)
+    loaded = load_rounded(args)
     model, tok = loaded.model, loaded.tokenizer
     problems = draw_problems(RunConfig(evaluation=EvaluationConfig(n_problems=args.n_problems)), names)
     thinking = ("on", "off") if tok.thinks else ("off",)

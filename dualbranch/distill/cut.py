@@ -8,6 +8,7 @@ reproduces the wide one's output, layer by layer, on the teacher's own stream. S
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from dualbranch.cache import NoCache
 from dualbranch.config import DualBranchConfig
 from dualbranch.data.packing import Rows
 from dualbranch.model import DualBranchModel
-from dualbranch.routing import Grid, Partition, TokenGroup
+from dualbranch.routing import TokenGroup
 
 #: What a student cut out of a teacher need not share with it: how deep and wide it is, and what only a dual-branch model has.
 FREE = ("n_layers", "n_heads", "d_ff", "n_stem", "n_tail", "fast_n_heads", "fast_d_ff", "sparse", "d_gate", "max_seq_len")
@@ -98,15 +99,19 @@ def view_of(block: Block, x: Tensor, tokens: TokenGroup, rows: Rows) -> LayerVie
 
 
 @torch.no_grad()
-def layer_views(model: DualBranchModel, rows: Rows):
-    """Yields `(block, LayerView)` for each block of `model`, run all-slow on packed `rows`."""
-    grid = model._place(rows.tokens, None, None, rows.doc_start)[0]
-    tokens = Grid.whole(grid)
-    slow = Partition.uniform(tokens, slow=True)
+def slow_pass(model: DualBranchModel, rows: Rows) -> Iterator[tuple[Block, LayerView, Tensor]]:
+    """Runs `model` all-slow on packed `rows`; yields each block, what it sees, and the stream `(N, E)` that leaves it."""
+    tokens = model._place(rows.tokens, None, None, rows.doc_start)[0].whole()
     x = model.embed(rows.tokens).flatten(0, 1)
-    for i, block in enumerate(model.blocks):
-        yield block, view_of(block, x, tokens, rows)
-        x = block(x, slow, NoCache(*rows.tokens.shape).layer(i, None))
+    for block in model.blocks:
+        view = view_of(block, x, tokens, rows)
+        x = block.slow(x, view.h, tokens, *view.keys)
+        yield block, view, x
+
+
+def layer_views(model: DualBranchModel, rows: Rows) -> Iterator[tuple[Block, LayerView]]:
+    """`slow_pass` without what leaves the blocks."""
+    return ((block, view) for block, view, _ in slow_pass(model, rows))
 
 
 def kept_layers(n_source: int, n_target: int) -> list[int]:

@@ -1,0 +1,31 @@
+"""`dualbranch compile MODEL [--precision P]`: machine code for decoding, made once per machine and model shape (`compiled.py`)."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from rich.console import Console
+
+from dualbranch.checkpoint import load
+from dualbranch.cli import add_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--precision", metavar="P", help="as it will be run: int8, int4, bf16, fp32, or by part (default: as stored, int8 for what is in fp32)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from dualbranch.compiled import build
+    from dualbranch.precision import quantize
+
+    model, console = load(args.model, accept_terms=args.accept_gemma_terms).model, Console(stderr=True)
+    precision = args.precision or ("int8" if model.precision == "fp32" else model.precision)
+    if precision != model.precision:
+        quantize(model, precision)
+    started = time.perf_counter()
+    with console.status("compiling") as status:
+        build(model, status.update if console.is_terminal else console.print)
+    print(f"{args.model} at {model.precision}: compiled in {time.perf_counter() - started:.0f} s; infer.py uses it from now on")
+    return 0

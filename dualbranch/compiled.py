@@ -1,0 +1,113 @@
+"""The decode step as machine code: compiled once per machine, model shape and precision, kept under the cache folder, loaded in milliseconds.
+
+`build` exports each of `runner.plain_steps` and has PyTorch's ahead-of-time compiler make a library of it; `load_steps` opens what is there. The code holds
+no weights: models of one shape share it. A folder's name is a hash of all that the code depends on, so nothing stale is ever opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.export import Dim
+
+from dualbranch import block, layers, packed, routing, runner
+from dualbranch.config import DualBranchConfig
+from dualbranch.convert.names import cache_folder
+from dualbranch.packed import COMPILE_OPTIONS
+from dualbranch.schema import to_dict
+
+if TYPE_CHECKING:
+    from dualbranch.model import DualBranchModel
+
+#: The code of the steps; a change to any of them makes new libraries.
+SOURCES = (runner, packed, block, layers, routing)
+#: Settings that no step depends on.
+FREE = ("n_layers", "n_stem", "n_tail", "max_seq_len", "rope_theta", "rope_scaling", "d_gate")
+
+
+def unavailable(model: DualBranchModel) -> str | None:
+    """Why the decode step of `model` can't be compiled here, or None."""
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        return f"it is compiled for CPUs and fp32 activations, and the model is in {str(model.dtype).removeprefix('torch.')} on {model.device}"
+    compiler = os.environ.get("CXX") or "g++"
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler {compiler!r}; install one (apt install g++), or name yours in CXX"
+    return None
+
+
+def steps_folder(config: DualBranchConfig, precision: str) -> Path:
+    """Where the steps of such models lie on this machine, compiled or not."""
+    digest = hashlib.sha256()
+    for module in SOURCES:
+        digest.update(Path(module.__file__).read_bytes())
+    settings = {name: value for name, value in to_dict(config).items() if name not in FREE}
+    machine = (torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads() > 1)
+    digest.update(json.dumps([settings, config.is_dense, config.fast_only, precision, machine], sort_keys=True).encode())
+    return cache_folder() / "compiled" / digest.hexdigest()[:16]
+
+
+def is_built(model: DualBranchModel, precision: str) -> bool:
+    """Whether there are compiled steps for `model` if it were at `precision`."""
+    return model.dtype == torch.float32 and (steps_folder(model.config, precision) / "done").exists()
+
+
+def load_steps(model: DualBranchModel) -> dict[str, Callable] | None:
+    """The compiled steps of `model`, or None where they were not built."""
+    folder = steps_folder(model.config, model.precision)
+    if not is_built(model, model.precision):
+        return None
+    return {name: torch._inductor.aoti_load_package(str(folder / f"{name}.pt2")) for name in runner.plain_steps(model)}
+
+
+def build(model: DualBranchModel, note: Callable[[str], None] = lambda text: None) -> None:
+    """Compiles the steps of `model` where that has not been done; `note` is told of each. Half a minute per step; a killed build is taken up again.
+
+    Raises ValueError where it can't be done.
+    """
+    if reason := unavailable(model):
+        raise ValueError(f"the decode step can't be compiled: {reason}")
+    folder = steps_folder(model.config, model.precision)
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = runner.plain_steps(model)
+    for i, (name, step) in enumerate(steps.items(), 1):
+        if (folder / f"{name}.pt2").exists():
+            continue
+        note(f"compiling {name} ({i} of {len(steps)})")
+        with tempfile.TemporaryDirectory(dir=folder) as temporary, warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            args, dynamic = example(model, step)
+            program = torch.export.export(step, args, dynamic_shapes=dynamic, strict=False)
+            path = str(Path(temporary) / f"{name}.pt2")
+            torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=COMPILE_OPTIONS)
+            os.replace(path, folder / f"{name}.pt2")
+    (folder / "done").touch()
+
+
+def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple]:
+    """Arguments of the step's shapes, and which of their sizes may vary."""
+    c = model.config
+    if isinstance(step, runner.Unpack):
+        matrix = next(m for m in model.modules() if isinstance(m, packed.PackedMatrix) and m.bits == step.bits)
+        vary = {0: Dim.AUTO, 1: Dim.AUTO}
+        return (matrix.words, matrix.scales), (vary, {4: vary, 8: {0: Dim.AUTO}, 16: None}[step.bits])
+    x = torch.zeros(1, c.d_model)
+    if isinstance(step, runner.LogitsStep):
+        weights = step.weights_of(model)
+        return (weights, x), (dict.fromkeys(weights), None)
+    weights = step.weights_of(step.how[0])
+    cos_sin = torch.zeros(2, 1, 1, c.rotary_dim or c.head_dim).unbind(0)
+    k, v = torch.zeros(2, 1, 208, c.n_kv_heads, c.head_dim).unbind(0)
+    pooled = torch.zeros(1, 13, c.n_kv_heads, c.head_dim)
+    capacity, n_blocks, n_keys = (Dim(name, min=2, max=1 << 24) for name in ("capacity", "n_blocks", "n_keys"))
+    args = (weights, x, *(t.clone() for t in (*cos_sin, k, v)), pooled, torch.zeros(107, dtype=torch.int8), torch.tensor([106]))
+    return args, (dict.fromkeys(weights), None, None, None, {1: capacity}, {1: capacity}, {1: n_blocks}, {0: n_keys}, None)

@@ -1,0 +1,250 @@
+"""Matrices of 4, 8 or 16 bits per weight, packed in 32-bit words: a fraction of the memory, and of the bytes that a decoded token reads.
+
+A word holds `per = 32 / bits` columns of one row, and eight rows are interleaved: field j (from the lowest bits) of word `[n // 8, c, n % 8]` is row n's
+column `j * C + c`, C words to a row; at 4 bits column `8 * c + j`, so that a group of 32 neighbours shares a scale. One vector register then holds
+the same columns of eight rows. In this shape PyTorch's compiler makes `product` a loop at the memory's speed; without a compiler it is correct and slow.
+
+Fields are stored above zero (value + 2^(bits-1)) except the highest, which keeps its sign: one AND and one conversion give a field as a power of two
+times its value. Activations stay fp32: nothing is lost but what rounding the weights loses. `precision.py` puts these matrices into a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: Rows interleaved in a word matrix, and columns that share a scale and an offset at 4 bits.
+ROWS, GROUP = 8, 32
+#: Most tokens multiplied by the packed words as they are; for more the matrix is unpacked first.
+FEW = 8
+#: For the compiler: fuse unpacking into the product, however many operators that takes, and a product and a sum into one instruction.
+COMPILE_OPTIONS = {
+    "realize_opcount_threshold": 1000,
+    "realize_reads_threshold": 1000,
+    "realize_acc_reads_threshold": 1000,
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """8 bits: `q (N, K)` int32 in [-127, 127] and `scale (N,)`: `weight ~ q * scale`."""
+    scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+    return (weight / scale[:, None]).round().int(), scale
+
+
+def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """4 bits: `q (N, K)` int32 in [0, 15], `scale, low (N, K / GROUP)` (bf16 numbers as fp32): `weight ~ q * scale + low`. K is a multiple of GROUP."""
+    groups = weight.unflatten(1, (-1, GROUP))
+    low = groups.amin(-1).bfloat16().float()
+    scale = ((groups.amax(-1) - low) / 15).clamp(min=1e-12).bfloat16().float()
+    q = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15)
+    return q.int().flatten(1), scale, low
+
+
+def split_columns(x: Tensor, bits: int) -> Tensor:
+    """`(M, K)` to `(M, K / per, per)`: the columns that a word holds, along the last axis."""
+    per = 32 // bits
+    return x.unflatten(1, (-1, per)) if bits == 4 else x.unflatten(1, (per, -1)).transpose(1, 2)
+
+
+def join_columns(pieces: list[Tensor], bits: int, axis: int) -> Tensor:
+    """The inverse: `pieces`, one per field, with words along `axis`, to one tensor with columns there."""
+    return torch.stack(pieces, axis + 1 if bits == 4 else axis).flatten(axis, axis + 1)
+
+
+def interleave(q: Tensor, bits: int) -> Tensor:
+    """Signed fields `q (N, K)` int32 of `bits` bits, to words `(N / 8, K / per, 8)` int32."""
+    per, mask, half = 32 // bits, (1 << bits) - 1, 1 << (bits - 1)
+    fields = split_columns(q, bits).unflatten(0, (-1, ROWS))
+    words = (fields[..., -1] & mask) << (32 - bits)
+    for j in range(per - 1):
+        words = words | (fields[..., j] + half) << (bits * j)
+    return words.transpose(1, 2).contiguous()
+
+
+def halves(words: Tensor) -> tuple[Tensor, Tensor]:
+    """The two bf16 numbers in each int32 word, as fp32: (low bits, high bits)."""
+    return (words << 16).view(torch.float32), (words & -65536).view(torch.float32)
+
+
+def join_halves(low: Tensor, high: Tensor) -> Tensor:
+    """The inverse of `halves`; rounds to bf16."""
+    low, high = (x.bfloat16().view(torch.int16).int() for x in (low, high))
+    return (low & 0xFFFF) | (high << 16)
+
+
+def raw_fields(words: Tensor, bits: int) -> list[Tensor]:
+    """Each field of int32 `words`, as fp32 of the words' shape: field j times `2^(bits * j)`, all but the last above zero by half their range."""
+    return [(words & (((1 << bits) - 1) << (bits * j))).float() for j in range(32 // bits - 1)] + [(words & -(1 << (32 - bits))).float()]
+
+
+def unpacked(words: Tensor, scales: Tensor | None, bits: int) -> list[Tensor]:
+    """The weights in `words (B, K' / per, ...)`, field by field. `scales`: of the same rows, `(B, 1, ...)` at 8 bits, `(B, K' / GROUP, ...)` at 4."""
+    words = words.view(torch.int32)
+    if bits == 16:
+        return list(halves(words))
+    half, scale, low = 1 << (bits - 1), scales, 0.0
+    if bits == 4:
+        low, scale = (x.repeat_interleave(GROUP // 8, dim=1) for x in halves(scales.view(torch.int32)))
+    values = [f * 2.0 ** (-bits * j) for j, f in enumerate(raw_fields(words, bits))]
+    offset = half if bits == 8 else 0  # 4-bit numbers are meant to lie above zero
+    return [(f - offset) * scale + low for f in values[:-1]] + [(values[-1] + (half - offset)) * scale + low]
+
+
+def transposed(words: Tensor, scales: Tensor | None, bits: int) -> Tensor:
+    """A whole word matrix, unpacked: `(K', N')` fp32."""
+    if bits == 8:
+        scales = scales.view(-1, 1, ROWS)
+    return join_columns([p.transpose(0, 1).flatten(1) for p in unpacked(words, scales, bits)], bits, 0)
+
+
+class PackedMatrix(nn.Module):
+    """A matrix `(N, K)` at 16 bits (bf16), 8 (a scale per row) or 4 (groups of 32 columns with scale and offset). fp32 in and out.
+
+    `words (N' / 8, K' / per, 8)`, with N and K rounded up to multiples of ROWS and GROUP; `scales`: at 8 bits `(N',)`, at 4 scale and offset as the
+    halves of words `(N' / 8, K' / GROUP, 8)`, at 16 None. Words are kept as fp32 tensors of the same bits, which compiled loops load fastest.
+    """
+
+    def __init__(self, n_rows: int, n_columns: int, bits: int) -> None:
+        super().__init__()
+        if bits not in (4, 8, 16):
+            raise ValueError(f"bits is {bits}; a packed matrix has 4, 8 or 16 bits per weight")
+        self.n_rows, self.n_columns, self.bits = n_rows, n_columns, bits
+        self.unpack: Callable[[Tensor, Tensor | None], Tensor] = partial(transposed, bits=bits)
+        N, K = -(-n_rows // ROWS) * ROWS, -(-n_columns // GROUP) * GROUP
+        self.register_buffer("words", torch.zeros(N // ROWS, K * bits // 32, ROWS))
+        self.register_buffer("scales", {4: torch.zeros(N // ROWS, K // GROUP, ROWS), 8: torch.zeros(N)}.get(bits))
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor) -> None:
+        """Takes the values of `weight (N, K)`, rounded. Mutates the matrix."""
+        N, K = self.words.shape[0] * ROWS, self.words.shape[1] * 32 // self.bits
+        weight = F.pad(weight.float(), (0, K - weight.shape[1], 0, N - weight.shape[0]))
+        if self.bits == 16:
+            words = join_halves(*split_columns(weight, 16).unflatten(0, (-1, ROWS)).transpose(1, 2).unbind(-1))
+        elif self.bits == 8:
+            q, self.scales = quantize_rows(weight)
+            words = interleave(q, 8)
+        else:
+            q, scale, low = quantize_groups(weight)
+            words = interleave(q - 8, 4)
+            self.scales = join_halves(low, scale).view(-1, ROWS, K // GROUP).transpose(1, 2).contiguous().view(torch.float32)
+        self.words = words.contiguous().view(torch.float32)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._word_names:
+            destination[prefix + name] = destination[prefix + name].view(torch.int32)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        for name in self._word_names:
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = state_dict[prefix + name].view(torch.float32)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn, recurse: bool = True) -> PackedMatrix:
+        """Moves words between devices as the integers they are, so that no change of dtype touches them."""
+        for name in self._word_names:
+            setattr(self, name, getattr(self, name).view(torch.int32))
+        super()._apply(fn, recurse)
+        for name in self._word_names:
+            setattr(self, name, getattr(self, name).view(torch.float32))
+        return self
+
+    @property
+    def _word_names(self) -> tuple[str, ...]:
+        return ("words", "scales") if self.bits == 4 else ("words",)
+
+    def transposed(self) -> Tensor:
+        """The matrix, unpacked: `(K, N)` fp32."""
+        return self.unpack(self.words, self.scales)[: self.n_columns, : self.n_rows]
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows `index (...)` int64, unpacked: `(..., K)` fp32."""
+        flat = index.flatten()
+        block, lane = flat // ROWS, flat % ROWS
+        scales = {4: lambda: self.scales[block, :, lane], 8: lambda: self.scales[flat][:, None], 16: lambda: None}[self.bits]()
+        values = join_columns(unpacked(self.words[block, :, lane], scales, self.bits), self.bits, 1)
+        return values[:, : self.n_columns].view(*index.shape, self.n_columns)
+
+    def product(self, x: Tensor) -> Tensor:
+        """`x (M, K) @ matrix^T (K, N)` for few rows, without unpacking: `(M, N)` fp32. Meant to be compiled."""
+        bits, words = self.bits, self.words.view(torch.int32)
+        per, half = 32 // bits, 1 << (bits - 1)
+        x = kept(F.pad(x, (0, self.words.shape[1] * per - self.n_columns)))
+        columns = split_columns(x, bits).unbind(2)  # per times (M, C)
+        if bits == 16:
+            fields, scaled = halves(words), columns
+        else:
+            fields = raw_fields(words, bits)
+            scaled = split_columns(kept(x * _field_scales(x.shape[1], bits, x.device)), bits).unbind(2)
+        sums = [sum(f * s[m, :, None] for f, s in zip(fields, scaled, strict=True)) for m in range(len(x))]  # each (N' / 8, C, 8)
+        if bits == 16:
+            y = torch.stack([s.sum(1).flatten() for s in sums])
+        elif bits == 8:
+            above = half * sum(columns[:-1]).sum(1, keepdim=True)  # what the unsigned fields have too much
+            y = (torch.stack([s.sum(1).flatten() for s in sums]) - above) * self.scales
+        else:
+            low, scale = (s[:, :, None] for s in halves(self.scales.view(torch.int32)))  # (N' / 8, G, 1, 8)
+            total, missing = sum(columns), half * columns[-1]
+            by_group = (len(words), low.shape[1], -1, ROWS)
+            sums = [(s + missing[m, :, None]).view(by_group) * scale + total[m].view(1, by_group[1], -1, 1) * low for m, s in enumerate(sums)]
+            y = torch.stack([s.sum((1, 2)).flatten() for s in sums])
+        return y[:, : self.n_rows]
+
+
+def _field_scales(n_columns: int, bits: int, device: torch.device) -> Tensor:
+    """`(K',)`: what undoes the power of two of each column's field (`raw_fields`)."""
+    j = torch.arange(n_columns, device=device)
+    field = j % (32 // bits) if bits == 4 else j // (n_columns * bits // 32)
+    return torch.exp2(-bits * field.float())
+
+
+def kept(x: Tensor) -> Tensor:
+    """`x`, which is contiguous, stored in memory: a compiled loop that reads it many times then does not compute it as often."""
+    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() else x
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` with a packed weight."""
+
+    def __init__(self, in_features: int, out_features: int, bits: int, bias: bool = False) -> None:
+        super().__init__()
+        self.matrix = PackedMatrix(out_features, in_features, bits)
+        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = multiply(self.matrix, x)
+        return y if self.bias is None else y + self.bias
+
+
+class PackedEmbedding(nn.Module):
+    """`nn.Embedding` with a packed table; `scale` as in `layers.ScaledEmbedding`."""
+
+    def __init__(self, vocab_size: int, d_model: int, bits: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.matrix, self.scale = PackedMatrix(vocab_size, d_model, bits), scale
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.matrix.rows(tokens) * self.scale
+
+def multiply(matrix: PackedMatrix, x: Tensor) -> Tensor:
+    """`x (..., K)` times the transposed matrix: `(..., N)`."""
+    flat = x.flatten(0, -2)
+    y = matrix.product(flat) if len(flat) <= FEW and torch.compiler.is_compiling() else flat @ matrix.transposed()
+    return y.unflatten(0, x.shape[:-1])
+
+
+def logits_of(norm: nn.Module, out: nn.Module, softcap: float | None, x: Tensor) -> Tensor:
+    """Final norm and head, `out` a linear layer or, tied, an embedding, packed or not: residual stream `(..., E)` to fp32 `(..., V)`."""
+    x = norm(x)
+    if isinstance(out, PackedEmbedding):
+        logits = multiply(out.matrix, x)
+    else:
+        logits = F.linear(x, out.weight) if isinstance(out, nn.Embedding) else out(x)
+    logits = logits.float()
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -1,0 +1,223 @@
+"""The decode step of one row: what one block does to one new token, written so that it compiles to a single loop nest.
+
+`Runner` does for one new token of one row what `DualBranchModel.forward` does for any tokens, and returns the same; `model.py` hands such passes over
+once `compile_decode` made one. Every layer of a kind runs the same code with its own weights, in place on the cache, however full that is.
+`plain_steps` are the pieces as modules; `compiled.py` turns them into machine code, once per machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dualbranch.block import Block
+from dualbranch.cache import KVCache
+from dualbranch.packed import PackedMatrix, logits_of, transposed
+from dualbranch.routing import Angles, Partition
+from kernels import SparseSpec
+
+if TYPE_CHECKING:
+    from dualbranch.model import DualBranchModel, ModelOutput
+
+
+@dataclass(frozen=True)
+class NewestToken:
+    """The newest token of the only row as a group of queries: the interface of `routing.TokenGroup`, in operators that compile to a few loops.
+
+    It stands at `position (1,)`, the last of `n_keys`. `sparse`: whether it is beyond dense_len where its branch reads by a rule.
+    """
+
+    n_keys: int
+    position: Tensor
+    cos: Tensor
+    sin: Tensor
+    sparse: bool
+
+    def angles(self, sliding: bool) -> Angles:
+        """The layer's own, whichever it is."""
+        return self.cos, self.sin
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pooled: Tensor, reads: SparseSpec | None) -> Tensor:
+        """Attention of `q (1, H, D)` over `k, v (1, C, Hk, D)`, of which the first `n_keys` hold tokens: `(1, H, D)`."""
+        q = q.view(k.shape[2], -1, q.shape[-1])  # (Hk, G, D)
+        if not self.sparse:
+            return read(q, *(x[0, : self.n_keys].transpose(0, 1) for x in (k, v)))
+        slots, seen = sparse_slots(q, pooled, self.position, reads)
+        head = torch.arange(k.shape[2], device=k.device)[:, None]
+        return read(q, *(x[0, slots, head] for x in (k, v)), seen)
+
+
+def read(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Softmax attention of `q (Hk, G, D)` over `k, v (Hk, S, D)`, those with `seen (Hk, S)`: `(1, Hk * G, D)`."""
+    scores = (q[:, :, None] * k[:, None]).sum(-1) * q.shape[-1] ** -0.5  # (Hk, G, S)
+    if seen is not None:
+        scores = scores.masked_fill(~seen[:, None], float("-inf"))
+    p = scores.softmax(-1)
+    return (p[..., None] * v[:, None]).sum(2).flatten(0, 1)[None]
+
+
+def sparse_slots(q: Tensor, pooled: Tensor, position: Tensor, spec: SparseSpec) -> tuple[Tensor, Tensor]:
+    """Which keys the query at `position (1,)`, at least dense_len, reads: `slots (Hk, L)` int64 and whether each counts. The rule is
+    `kernels.reference`'s (but equal scores may choose either block)."""
+    device, n_groups = q.device, q.shape[0]
+    before_window = position - spec.window  # the last key before it
+    sinks = torch.arange(spec.n_sinks, device=device)
+    window = position - torch.arange(spec.window, device=device)
+    near = torch.cat([sinks, window.clamp(min=0)]).expand(n_groups, -1)
+    counts = torch.cat([sinks <= before_window, window >= 0]).expand(n_groups, -1)
+    if spec.n_selected_blocks == 0:
+        return near, counts
+    start = torch.arange(pooled.shape[1], device=device) * spec.block_size
+    end = start + spec.block_size
+    selectable = (end <= position + 1) & (start <= before_window) & (end > spec.n_sinks)
+    scores = (q.sum(1)[:, None] * pooled[0].transpose(0, 1)).sum(-1).masked_fill(~selectable, float("-inf"))  # (Hk, N)
+    best, block = F.pad(scores, (0, spec.n_selected_blocks), value=float("-inf")).topk(spec.n_selected_blocks, dim=-1)
+    tokens = block[..., None] * spec.block_size + torch.arange(spec.block_size, device=device)
+    far = (best > float("-inf"))[..., None] & (tokens >= spec.n_sinks) & (tokens <= before_window)
+    tokens = torch.where(far, tokens, position)
+    return torch.cat([near, tokens.flatten(1)], 1), torch.cat([counts, far.flatten(1)], 1)
+
+
+class BlockStep(nn.Module):
+    """One layer's work on the newest token, by one branch, with the weights it is given: `block` says only how.
+
+    Called with the layer's `weights` by name, `x (1, E)`, `cos, sin`, the layer's cache `k, v (1, C, Hk, D)` and mean keys `pooled (1, N, Hk, D)`,
+    `keys (n_keys,)` whose length alone matters, and `position (1,)` int64. Writes key, value, and the mean key of the selection block the token
+    belongs to (meaningful once that is complete); returns `(1, E)`.
+    """
+
+    def __init__(self, block: Block, slow: bool, sparse: bool, block_size: int) -> None:
+        super().__init__()
+        self.how = (block,)  # in a tuple it is no submodule: its weights are not this module's
+        self.slow, self.sparse, self.block_size = slow, sparse, block_size
+
+    def weights_of(self, block: Block) -> dict[str, Tensor]:
+        """The tensors of `block` that this step needs."""
+        other = "fast." if self.slow else "slow."
+        return {name: t.detach() for name, t in (*block.named_parameters(), *block.named_buffers()) if not name.startswith(other)}
+
+    def forward(
+        self, weights: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, pooled: Tensor, keys: Tensor, position: Tensor
+    ) -> Tensor:
+        token = NewestToken(keys.shape[0], position, cos, sin, self.sparse)
+
+        def store(new_k: Tensor, new_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            for cached, new in ((k, new_k), (v, new_v)):
+                cached.index_copy_(1, position, new[None])
+            block = position // self.block_size
+            own = block * self.block_size + torch.arange(self.block_size, device=x.device)
+            pooled.index_copy_(1, block, k[:, own].mean(1, keepdim=True))
+            return k, v, pooled
+
+        partition = Partition(token if self.slow else None, None if self.slow else token, None, cos, sin)
+        return functional_call(self.how[0], weights, (x, partition, store))
+
+
+class LogitsStep(nn.Module):
+    """Final norm and head with the weights it is given: `(1, E) -> (1, V)`."""
+
+    def __init__(self, model: DualBranchModel) -> None:
+        super().__init__()
+        self.how = (_Head(model),)
+
+    def weights_of(self, model: DualBranchModel) -> dict[str, Tensor]:
+        head = _Head(model)
+        return {name: t.detach() for name, t in (*head.named_parameters(), *head.named_buffers())}
+
+    def forward(self, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(self.how[0], weights, (x,))
+
+
+class _Head(nn.Module):
+    def __init__(self, model: DualBranchModel) -> None:
+        super().__init__()
+        self.norm, self.out, self.softcap = model.norm, model.embed if model.head is None else model.head, model.config.logit_softcap
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits_of(self.norm, self.out, self.softcap, x)
+
+
+class Unpack(nn.Module):
+    """`packed.transposed` for matrices of any size at one precision."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+
+    def forward(self, words: Tensor, scales: Tensor | None) -> Tensor:
+        return transposed(words, scales, self.bits)
+
+
+def step_name(block: Block, slow: bool, n_keys: int) -> str:
+    """Which step a layer takes by one of its branches as the last of `n_keys` tokens."""
+    reads = (block.slow if slow else block.fast).reads
+    sparse = reads is not None and n_keys > reads.dense_len
+    return ("sliding-" if block.sliding else "") + ("slow" if slow else "fast") + ("-sparse" if sparse else "")
+
+
+def plain_steps(model: DualBranchModel) -> dict[str, nn.Module]:
+    """Every step that decoding with `model` may need, uncompiled: of its blocks by name, `logits`, and `unpackB` of each packed width B."""
+    steps: dict[str, nn.Module] = {}
+    for block in model.blocks:
+        for slow in (True, False):
+            if (block.slow if slow else block.fast) is not None:
+                for n_keys in (1, 1 << 62):
+                    name = step_name(block, slow, n_keys)
+                    steps.setdefault(name, BlockStep(block, slow, name.endswith("sparse"), model.config.sparse.block_size))
+    steps["logits"] = LogitsStep(model)
+    for bits in sorted({m.bits for m in model.modules() if isinstance(m, PackedMatrix)}):
+        steps[f"unpack{bits}"] = Unpack(bits)
+    return steps
+
+
+class Runner:
+    """Runs single tokens of single rows of `model`, on a CPU in fp32, through `steps`: those of `plain_steps`, or the same compiled. Mutates nothing
+    but that packed matrices unpack themselves by the steps given."""
+
+    def __init__(self, model: DualBranchModel, steps: Mapping[str, Callable]) -> None:
+        plain = plain_steps(model)
+        self.model, self.steps = model, steps
+        self.weights = [
+            {slow: BlockStep(block, slow, False, 1).weights_of(block) for slow in (True, False) if (block.slow if slow else block.fast) is not None}
+            for block in model.blocks
+        ]
+        self.logits = partial(steps["logits"], plain["logits"].weights_of(model))
+        for module in model.modules():
+            if isinstance(module, PackedMatrix):
+                module.unpack = steps[f"unpack{module.bits}"]
+        c = model.config
+        self.keys = torch.zeros(c.max_seq_len, dtype=torch.int8)
+        self.scratch = torch.zeros(1, -(-c.max_seq_len // c.sparse.block_size), c.n_kv_heads, c.head_dim)  # mean keys of layers that choose no blocks
+
+    @staticmethod
+    def takes(tokens: Tensor, route: str | Tensor, cache: KVCache | None) -> bool:
+        """Whether a pass is one for a runner: one new token of one cached row, by one branch, without gradient."""
+        return tokens.numel() == 1 and cache is not None and not (isinstance(route, str) and route == "soft") and not torch.is_grad_enabled()
+
+    def __call__(self, tokens: Tensor, decide: Callable[[Tensor], tuple[Tensor | None, Tensor | None]], cache: KVCache) -> ModelOutput:
+        """As `DualBranchModel.forward` of `tokens (1, 1)`; `decide(x)` gives `g` and `use_slow` from the stem's output. Advances the cache."""
+        from dualbranch.model import ModelOutput
+
+        model, c, n_keys = self.model, self.model.config, int(cache.n_cached[0]) + 1
+        writer = cache.writer(torch.ones(1, dtype=torch.int64), 1)  # raises CacheFull
+        position, keys = writer.dest, self.keys[:n_keys]
+        angles, sliding = (None if rope is None else rope(position, n_keys) for rope in (model.rope, model.sliding_rope))
+        x = model.embed(tokens[0])
+        slow, g, use_slow = True, None, None
+        for i, block in enumerate(model.blocks):
+            if i == c.n_stem:
+                g, use_slow = decide(x)
+                slow = use_slow is None or bool(use_slow)
+            by_slow = slow or i not in c.dual_layers
+            step = self.steps[step_name(block, by_slow, n_keys)]
+            cos_sin = sliding if block.sliding and sliding is not None else angles
+            x = step(self.weights[i][by_slow], x, *cos_sin, cache.k[i], cache.v[i], cache.pooled.get(i, self.scratch), keys, position)
+        writer.advance(use_slow)
+        return ModelOutput(self.logits(x)[None], x[None], g, use_slow)

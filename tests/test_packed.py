@@ -1,0 +1,142 @@
+"""Packed matrices: what they hold, what they compute, and that nothing but rounding happens to the weights."""
+
+import pytest
+import torch
+from conftest import make_tiny_model, make_tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualbranch.checkpoint import load_checkpoint, save_checkpoint
+from dualbranch.packed import GROUP, PackedEmbedding, PackedLinear, PackedMatrix, halves, join_halves
+from dualbranch.precision import parse_precision, quantize
+
+SIZES = st.tuples(st.integers(1, 40), st.integers(1, 100))
+
+
+def packed(weight, bits):
+    matrix = PackedMatrix(*weight.shape, bits)
+    matrix.pack(weight)
+    return matrix
+
+
+def rounded(weight, bits):
+    """The same rounding, written out plainly."""
+    if bits == 16:
+        return weight.bfloat16().float()
+    if bits == 8:
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        return (weight / scale).round() * scale
+    out = weight.clone()
+    for row in range(weight.shape[0]):
+        for first in range(0, weight.shape[1], GROUP):
+            group = weight[row, first : first + GROUP]
+            if len(group) < GROUP:  # the layout pads with zeros
+                group = torch.cat([group, torch.zeros(GROUP - len(group))])
+            low = group.min().bfloat16().float()
+            scale = ((group.max() - low) / 15).clamp(min=1e-12).bfloat16().float()
+            values = ((group - low) / scale).round().clamp(0, 15) * scale + low
+            out[row, first : first + GROUP] = values[: weight.shape[1] - first]
+    return out
+
+
+@settings(max_examples=30, deadline=None)
+@given(SIZES, st.sampled_from([4, 8, 16]), st.integers(0, 99))
+def test_unpacking_gives_the_rounded_weights(size, bits, seed):
+    weight = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    matrix, expected = packed(weight, bits), rounded(weight, bits)
+    torch.testing.assert_close(matrix.transposed().T, expected, rtol=1e-6, atol=1e-6)
+    index = torch.randint(0, size[0], (2, 3))
+    torch.testing.assert_close(matrix.rows(index), expected[index], rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(SIZES, st.sampled_from([4, 8, 16]), st.integers(1, 4), st.integers(0, 99))
+def test_the_product_with_packed_words_is_the_product_with_the_unpacked_matrix(size, bits, n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    matrix, x = packed(torch.randn(size, generator=generator), bits), torch.randn(n, size[1], generator=generator)
+    torch.testing.assert_close(matrix.product(x), x @ matrix.transposed(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "error"), [(16, 2**-8), (8, 1 / 127), (4, 1 / 10)])
+def test_rounding_errors_are_those_of_the_format(bits, error):
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    difference = (packed(weight, bits).transposed().T - weight).abs().amax(1)
+    assert (difference <= error * weight.abs().amax(1)).all()
+    assert difference.max() > 0
+
+
+def test_weights_of_sixteen_levels_survive_four_bits():
+    scale, low = torch.tensor(0.5), torch.tensor(-3.25)  # numbers that bf16 holds
+    q = torch.arange(16).repeat(8, 4).view(8, 64)
+    assert torch.equal(packed(q * scale + low, 4).transposed().T, q * scale + low)
+
+
+def test_zero_rows_stay_zero():
+    for bits in (4, 8, 16):
+        assert packed(torch.zeros(8, 32), bits).transposed().abs().max() == 0
+
+
+def test_halves_hold_any_two_bf16_numbers():
+    low, high = torch.randn(2, 100, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    for found, given_ in zip(halves(join_halves(low, high)), (low, high), strict=True):
+        assert torch.equal(found, given_)
+
+
+def test_an_unknown_width_is_refused():
+    with pytest.raises(ValueError, match="4, 8 or 16"):
+        PackedMatrix(8, 32, 3)
+
+
+def test_words_survive_a_change_of_dtype():
+    linear = PackedLinear(32, 8, 4)
+    linear.matrix.pack(torch.randn(8, 32))
+    words = linear.matrix.words.view(torch.int32).clone()
+    linear.double().float()
+    assert torch.equal(linear.matrix.words.view(torch.int32), words)
+    other = PackedLinear(32, 8, 4)
+    other.load_state_dict(linear.state_dict())
+    assert torch.equal(other.matrix.transposed(), linear.matrix.transposed())
+
+
+def test_precision_by_part():
+    assert parse_precision("int8") == {"slow": 8, "fast": 8, "head": 8}
+    assert parse_precision("int4") == {"slow": 4, "fast": 4, "head": 8}
+    assert parse_precision("slow=bf16, fast=int4") == {"slow": 16, "fast": 4, "head": 32}
+    for wrong in ("int3", "slow=int3", "medium=int8", "", "slow=", None):
+        with pytest.raises(ValueError, match="precision"):
+            parse_precision(wrong)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4", "slow=int8,fast=int4,head=bf16"])
+def test_a_quantized_model_is_the_model_with_rounded_matrices(precision):
+    bits, tokens = parse_precision(precision), torch.arange(40)[None]
+    model, plain = quantize(make_tiny_model(400), precision), make_tiny_model(400)
+    with torch.no_grad():
+        for name, p in plain.named_parameters():
+            part = "head" if name.startswith(("embed", "head")) else "fast" if ".fast." in name else "slow"
+            if p.dim() == 2 and not name.startswith("gate") and bits[part] < 32:
+                p.copy_(rounded(p, bits[part]))
+        for route in ("slow", "fast", "soft"):
+            torch.testing.assert_close(model(tokens, route).logits, plain(tokens, route).logits, rtol=1e-4, atol=1e-4)
+    kinds = {type(m) for m in model.modules()}
+    assert PackedEmbedding in kinds and not any(isinstance(m, torch.nn.Linear) for b in model.blocks for m in b.modules())
+
+
+def test_quantizing_twice_is_refused_and_fp32_changes_nothing():
+    model = quantize(make_tiny_model(400), "fp32")
+    assert any(isinstance(m, torch.nn.Linear) for m in model.blocks.modules())
+    with pytest.raises(ValueError, match="already"):
+        quantize(quantize(model, "int8"), "int4")
+
+
+@pytest.mark.parametrize("precision", ["int8", "slow=int4,head=bf16"])
+def test_a_quantized_checkpoint_loads_as_it_was(tmp_path, precision):
+    model, tokens = quantize(make_tiny_model(400), precision), torch.arange(30)[None]
+    save_checkpoint(tmp_path / "small", model, make_tiny_tokenizer())
+    save_checkpoint(tmp_path / "full", make_tiny_model(400), make_tiny_tokenizer())
+    again, _ = load_checkpoint(tmp_path / "small")
+    assert again.precision == precision
+    with torch.no_grad():
+        assert torch.equal(again(tokens, "slow").logits, model(tokens, "slow").logits)
+    small, full = ((tmp_path / n / "model.safetensors").stat().st_size for n in ("small", "full"))
+    assert small < 0.75 * full

@@ -1,0 +1,132 @@
+"""The one-row decode step: equal to the model's own forward, whatever the dialect, and compiled without recompiling as the context grows."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import make_tiny_model
+
+from dualbranch.cache import CacheFull
+from dualbranch.compiled import build, steps_folder, unavailable
+from dualbranch.precision import quantize
+from dualbranch.runner import Runner, plain_steps
+from kernels import SparseSpec
+
+DIALECTS = {
+    "plain": {},
+    "no selected blocks": {"sparse": SparseSpec(block_size=4, n_selected_blocks=0, window=6, n_sinks=3, dense_len=12)},
+    "more blocks than there are": {"sparse": SparseSpec(block_size=4, n_selected_blocks=30, window=5, n_sinks=0, dense_len=8)},
+    "sinks in a block, odd window": {"sparse": SparseSpec(block_size=8, n_selected_blocks=2, window=7, n_sinks=5, dense_len=10)},
+    "one kv head, normed queries": {"n_kv_heads": 1, "qk_norm": True, "qkv_bias": True},
+    "sliding layers": {"sliding_layers": (1, 2), "sliding_window": 10, "sliding_rope_theta": 1e4},
+    "gemma": {"post_norms": True, "embed_scale": 5.5, "logit_softcap": 3.0, "activation": "geglu", "attn_scale": 0.2, "tie_embeddings": True},
+    "partial rotary": {"rotary_dim": 4},
+}
+
+
+def uncompiled(model):
+    """With the runner's steps as plain operators."""
+    model.runner = Runner(model, plain_steps(model))
+    return model
+
+
+def decode(model, tokens, n_prompt, route, **how):
+    """Logits of `tokens (1, T)` after the first `n_prompt`, fed one by one, and the cache."""
+    cache = model.new_cache(1, tokens.shape[1])
+    with torch.no_grad():
+        model(tokens[:, :n_prompt], route, cache=cache, **how)
+        outs = [model(tokens[:, t : t + 1], route, cache=cache, **how) for t in range(n_prompt, tokens.shape[1])]
+    return outs, cache
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("route", ["slow", "fast", "auto"])
+def test_the_runner_computes_what_the_model_computes(dialect, route):
+    tokens = torch.randint(10, 400, (1, 70), generator=torch.Generator().manual_seed(1))
+    how = {"budget": 0.5} if route == "auto" else {}
+    expected, cache = decode(make_tiny_model(400, **DIALECTS[dialect]), tokens, 5, route, **how)
+    found, own = decode(uncompiled(make_tiny_model(400, **DIALECTS[dialect])), tokens, 5, route, **how)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.logits, b.logits, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(a.hidden, b.hidden, rtol=1e-4, atol=2e-5)
+        assert (a.use_slow is None) == (b.use_slow is None)
+        assert a.use_slow is None or torch.equal(a.use_slow, b.use_slow)
+    assert torch.equal(own.n_cached, cache.n_cached) and torch.equal(own.from_slow, cache.from_slow)
+    for name in ("k", "v"):
+        for a, b in zip(getattr(own, name), getattr(cache, name), strict=True):
+            torch.testing.assert_close(a[:, :70], b[:, :70], rtol=1e-4, atol=1e-5)
+    for i, pooled in cache.pooled.items():
+        whole = 70 // model_block(dialect)
+        torch.testing.assert_close(own.pooled[i][:, :whole], pooled[:, :whole], rtol=1e-4, atol=1e-5)
+    if route == "auto":
+        assert 0 < sum(bool(o.use_slow) for o in found) < len(found)
+
+
+def model_block(dialect):
+    return DIALECTS[dialect].get("sparse", SparseSpec(block_size=4)).block_size
+
+
+def test_only_single_cached_tokens_without_gradient_are_the_runners():
+    model = uncompiled(make_tiny_model(400))
+    calls = []
+    model.runner.steps = {name: lambda *a, step=step: calls.append(1) or step(*a) for name, step in model.runner.steps.items()}
+    one, cache = torch.tensor([[20]]), model.new_cache(1, 8)
+    model(one, cache=cache)  # with gradients enabled
+    with torch.no_grad():
+        model(one)
+        model(one, "soft", cache=cache)
+        model(torch.tensor([[20, 21]]), cache=cache)
+        model(torch.tensor([[20], [21]]), cache=model.new_cache(2, 8))
+        assert not calls
+        model(one, cache=cache)
+    assert len(calls) == model.config.n_layers
+
+
+def test_a_full_cache_is_refused_and_left_as_it_was():
+    model = uncompiled(make_tiny_model(400))
+    cache = model.new_cache(1, 4)
+    with torch.no_grad():
+        model(torch.arange(10, 14)[None], cache=cache)
+        with pytest.raises(CacheFull, match="holds 4 tokens"):
+            model(torch.tensor([[20]]), cache=cache)
+    assert int(cache.n_cached) == 4
+
+
+def test_where_it_cannot_be_compiled_decoding_goes_on_without(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("DUALBRANCH_CACHE", str(tmp_path))
+    model = make_tiny_model(400)
+    assert not model.compile_decode() and model.runner is None
+    assert "dualbranch compile" in caplog.text
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not model.compile_decode(build=True)
+    assert "no C++ compiler 'no-such-compiler'" in caplog.text
+
+
+def test_libraries_are_told_apart_by_everything_their_code_depends_on(monkeypatch):
+    config = make_tiny_model(400).config
+    folder = steps_folder(config, "int8")
+    for change in ({"fast_d_ff": 24}, {"qk_norm": True}, {"sparse": SparseSpec(window=9)}, {"vocab_size": 401}):
+        assert steps_folder(dataclasses.replace(config, **change), "int8") != folder
+    assert steps_folder(config, "int4") != folder
+    assert steps_folder(dataclasses.replace(config, max_seq_len=512), "int8") == folder
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert steps_folder(config, "int8") != folder
+
+
+@pytest.mark.skipif(unavailable(make_tiny_model(400)) is not None, reason="no C++ compiler")
+def test_compiled_and_quantized_it_computes_the_same(monkeypatch, tmp_path):
+    monkeypatch.setenv("DUALBRANCH_CACHE", str(tmp_path))
+    tokens = torch.randint(10, 400, (1, 90), generator=torch.Generator().manual_seed(1))
+    model = quantize(make_tiny_model(400), "slow=int8,fast=int4,head=bf16")
+    routes = {"slow": {}, "fast": {}, "auto": {"budget": 0.5}}
+    expected = {route: decode(model, tokens, 5, route, **how)[0] for route, how in routes.items()}
+    names = []
+    build(model, names.append)
+    assert len(names) == len(plain_steps(model)) == 7  # slow, fast, fast-sparse, logits, and a width of unpacking each
+    build(model, names.append)
+    assert len(names) == 7, "what is built is built again"
+    assert model.compile_decode()
+    for route, how in routes.items():
+        for n_tokens in (50, 90):  # two capacities, both sides of dense_len
+            for a, b in zip(decode(model, tokens[:, :n_tokens], 5, route, **how)[0], expected[route], strict=False):
+                torch.testing.assert_close(a.logits, b.logits, rtol=1e-3, atol=1e-4)
