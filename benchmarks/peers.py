@@ -37,6 +37,7 @@ from rich.console import Console
 from training_speed import matmul_flops
 
 import dualbranch
+from dualbranch import compiled
 from dualbranch.checkpoint import LoadedModel, save_checkpoint
 from dualbranch.config import DualBranchConfig
 from dualbranch.convert import names
@@ -78,11 +79,17 @@ class State:
 # ---- what is run
 
 
-def find_engines(args: argparse.Namespace, loaded: LoadedModel, dual: LoadedModel | None, folder: Path) -> tuple[list[Engine], dict[str, str]]:
-    """The engines asked for that can run here, and why others can't. Writes what they read into `folder`."""
-    found = [e for e in our_engines(args, dual is loaded, dual) if wanted(e, args.engines)]
-    found = [e if e.precision == "fp32" else replace(e, model=write_packed(e, loaded if e.route == "slow" else dual, folder)) for e in found]
-    skipped = {}
+def find_engines(
+    args: argparse.Namespace, loaded: LoadedModel, dual: LoadedModel | None, folder: Path, say: Callable[[str], None]
+) -> tuple[list[Engine], dict[str, str]]:
+    """The engines asked for that can run here, and why others can't. Writes what they read into `folder`, and compiled steps into the cache folder."""
+    found, skipped = [], {}
+    for engine in our_engines(args, dual is loaded, dual):
+        if wanted(engine, args.engines):
+            try:
+                found.append(prepare(engine, loaded if engine.route == "slow" else dual, folder, say))
+            except ValueError as error:
+                skipped[engine.name] = str(error)
     for engine, written in peers(args.model, folder):
         if not wanted(engine, args.engines):
             continue
@@ -116,12 +123,18 @@ def our_engines(args: argparse.Namespace, one_model: bool, dual: LoadedModel | N
     return list(dict.fromkeys(engines))
 
 
-def write_packed(engine: Engine, loaded: LoadedModel, folder: Path) -> str:
-    """A checkpoint of the model at the engine's precision, so that its process never holds full weights. Raises ValueError for an unknown precision."""
-    target = folder / f"{'slow' if engine.route == 'slow' else 'dual'}-{engine.precision}"
+def prepare(engine: Engine, loaded: LoadedModel, folder: Path, say: Callable[[str], None]) -> Engine:
+    """An engine of ours with a checkpoint at its precision, so that its process reads packed weights, and with compiled steps if it asks for them.
+
+    Raises ValueError for an unknown precision, and where nothing can be compiled."""
+    target, packed = folder / f"{'slow' if engine.route == 'slow' else 'dual'}-{engine.precision}", engine.precision != "fp32"
     if not target.exists():
-        save_checkpoint(target, quantize(copy.deepcopy(loaded.model), engine.precision), loaded.tokenizer)
-    return str(target)
+        model = quantize(copy.deepcopy(loaded.model), engine.precision) if packed else loaded.model
+        if engine.compiled:
+            compiled.build(model, lambda text: say(f"{engine.name}: {text}"))
+        if packed:
+            save_checkpoint(target, model, loaded.tokenizer)
+    return replace(engine, model=str(target)) if packed else engine
 
 
 def peers(model: str, folder: Path) -> list[tuple[Engine, tuple[str, str] | None]]:
@@ -328,13 +341,14 @@ def main(argv: list[str] | None = None) -> int:
     windows = tuple(tuple(w.tolist()) for w in cut_windows(tok, documents, args.window, args.quality_tokens).tokens)
 
     with tempfile.TemporaryDirectory() as folder:
-        engines, skipped = find_engines(args, loaded, dual, Path(folder))
+        engines, skipped = find_engines(args, loaded, dual, Path(folder), say)
         for name, reason in skipped.items():
             say(f"{name}: skipped: {reason}")
         if not engines:
             raise SystemExit(f"no engine to measure; --engines names {args.engines}, known are {', '.join(ADAPTERS)}")
         result = {"benchmark": "peers", "command": shlex.join(["python", "benchmarks/peers.py", *argv]), **about(loaded.model), "versions": versions()}
-        result |= {"model": args.model, "dual": None if dual is None or dual is loaded else args.dual}
+        source = gguf_file(args.model)
+        result |= {"model": args.model, "weights": source and source.name, "dual": None if dual is None or dual is loaded else args.dual}
         keys = ("threads", "repeats", "n_decode", "window", "limit", "prompts", "contexts", "budget", "text")
         result["settings"] = {key: getattr(args, key) for key in keys} | {"quality_tokens": sum(map(len, windows))}
         theirs = slow_model(loaded.model).config

@@ -82,8 +82,8 @@ class Adapter(ABC):
         """`(T, V)` fp32 of a sequence of its own."""
 
     @abstractmethod
-    def weight_bytes(self) -> int:
-        """Of all weights, as they are held."""
+    def weight_bytes(self) -> dict[str, int]:
+        """Of weights as they are held: "all" of them, and those only a "slow" or only a "fast" token reads."""
 
     def slow_share(self, start: int, end: int) -> float:
         """Of the tokens `[start, end)` of the sequence; a conventional decoder computes all of them slow."""
@@ -110,7 +110,7 @@ class Ours(Adapter):
         self.tensor, self.route = torch.tensor, {"route": engine.route} | ({} if engine.budget is None else {"budget": engine.budget})
         self.model = dualbranch.load(engine.model).model
         if engine.compiled and not self.model.compile_decode():
-            raise RuntimeError("decoding can't be compiled here; run with --eager")
+            raise RuntimeError("decoding was not compiled for this model; run with --eager")
         self.cache = self.model.new_cache(1, job.capacity)
 
     def rewind(self, n: int) -> None:
@@ -122,8 +122,16 @@ class Ours(Adapter):
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         return self.model(self.tensor([list(ids)]), **self.route).logits[0].numpy()
 
-    def weight_bytes(self) -> int:
-        return bytes_of(self.model)
+    def weight_bytes(self) -> dict[str, int]:
+        from dualbranch.measure import part_of
+
+        found = {"all": 0, "slow": 0, "fast": 0}
+        for name, x in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            part = part_of(self.model, name).removesuffix(" branch")
+            found["all"] += x.nbytes
+            if part in found:
+                found[part] += x.nbytes
+        return found
 
     def slow_share(self, start: int, end: int) -> float:
         return float(self.cache.from_slow[0, start:end].double().mean())
@@ -158,8 +166,8 @@ class Transformers(Adapter):
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         return self.model(self.tensor([list(ids)]), use_cache=False).logits[0].float().numpy()
 
-    def weight_bytes(self) -> int:
-        return bytes_of(self.model)
+    def weight_bytes(self) -> dict[str, int]:
+        return {"all": sum(x.nbytes for x in [*self.model.parameters(), *self.model.buffers()])}
 
     def details(self) -> str:
         return f"attention: {self.model.config._attn_implementation}"
@@ -191,20 +199,14 @@ class LlamaCpp(Adapter):
         self.read(ids)
         return np.array(self.model.scores[: len(ids)])
 
-    def weight_bytes(self) -> int:
-        return int(self.library.llama_model_size(self.model.model))
+    def weight_bytes(self) -> dict[str, int]:
+        return {"all": int(self.library.llama_model_size(self.model.model))}
 
     def details(self) -> str:
         return self.library.llama_print_system_info().decode()
 
 
 ADAPTERS: dict[str, type[Adapter]] = {"ours": Ours, "llama.cpp": LlamaCpp, "transformers": Transformers}
-
-
-def bytes_of(model) -> int:
-    """Bytes of a torch module's parameters and buffers, shared ones once."""
-    tensors = {x.data_ptr(): x for x in [*model.parameters(), *model.buffers()]}
-    return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
 def peak_rss() -> int:

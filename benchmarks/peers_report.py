@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dualbranch import plots
-from dualbranch.accounting import fast_keys, head_flops, token_cost, token_flops, total_params
+from dualbranch.accounting import fast_keys, head_flops, token_flops, total_params
 from dualbranch.checkpoint import write_text
 from dualbranch.config import DualBranchConfig
 from dualbranch.measure import spread
@@ -27,9 +27,10 @@ from dualbranch.measure import spread
 # ---- arithmetic
 
 
-def weight_bytes_read(c: DualBranchConfig, slow_share: float, weight_bytes: float) -> float:
-    """Bytes of weights that a token reads in a model that holds `weight_bytes` for all its parameters."""
-    return token_cost(c, slow_share, 0, 0).params_read * weight_bytes / total_params(c)
+def weight_bytes_read(c: DualBranchConfig, slow_share: float, held: Mapping[str, int]) -> float:
+    """Bytes of weights that a token reads of those `held` (`Adapter.weight_bytes`): not the other branch's, nor an embedding table that isn't the head."""
+    table = 0 if c.tie_embeddings else c.vocab_size * c.d_model / total_params(c) * held["all"]
+    return held["all"] - table - (1 - slow_share) * held.get("slow", 0) - slow_share * held.get("fast", 0)
 
 
 def kv_bytes_read(c: DualBranchConfig, slow_share: float, n_cached: int, element_bytes: int) -> float:
@@ -73,7 +74,7 @@ def summary(engine: Engine, c: DualBranchConfig, turns: Sequence[Sequence[dict]]
     if not turns:
         return out
     weights = starts[0]["weight_bytes"]
-    out["weight_bytes"] = weights
+    out["weight_bytes"] = weights["all"]
     out |= {key: spread([s[key] for s in starts]) for key in ("import_s", "load_s", "warmup_s", "load_peak_rss_bytes")}
     out["peak_rss_bytes"] = spread([t[-1]["peak_rss_bytes"] for t in turns])
     records = [r for t in turns for r in t[1:]]
@@ -133,7 +134,8 @@ def tables(result: Mapping[str, Any]) -> list[TableText]:
 
 def show(result: Mapping[str, Any], console: Console) -> None:
     for title, header, rows in tables(result):
-        table = Table(title=title, title_justify="left")
+        console.print(f"\n{title}", highlight=False)
+        table = Table()
         for i, name in enumerate(header):
             table.add_column(name, justify="right" if i else "left")
         for row in rows:
@@ -159,6 +161,7 @@ def markdown(result: Mapping[str, Any], plot: str | None) -> str:
         "",
         f"`{result['command']}`: {result['model']}{'' if result['dual'] is None else ', its dual-branch student ' + result['dual']}, batch 1.",
         "",
+        *([f"All weights come from {result['weights']}: other precisions hold the values that file rounds to.", ""] if result["weights"] else []),
         f"{result['device']}, {s['threads']} threads; {packages}; commit {result['commit']}; {result['date']}.",
         f"Measured here in fp32 on as many threads: reading memory {number(machine['read_bytes_per_s'], 1e-9)} GB/s,",
         f"matrix product {number(machine['flops_per_s'], 1e-9)} GFLOP/s.",
@@ -185,7 +188,9 @@ def write(result: Mapping[str, Any], out: str) -> None:
     write_text(f"{out}.md", markdown(result, plot))
 
 
-STYLES = {"ours": ("o", plots.BLUE), "llama.cpp": ("s", plots.ORANGE), "transformers": ("^", plots.GREEN)}
+#: Markers by library (ours: by route), colours by precision; hollow: ours, uncompiled.
+MARKERS = {"slow": "o", "fast": "v", "auto": "D", "llama.cpp": "s", "transformers": "^"}
+COLORS = {"fp32": plots.BLACK, "bf16": plots.GREEN, "int8": plots.BLUE, "int4": plots.RED, "q8_0": plots.SKY, "q4_1": plots.ORANGE}
 
 
 def quality_plot(path: Path, result: Mapping[str, Any]) -> str | None:
@@ -195,17 +200,19 @@ def quality_plot(path: Path, result: Mapping[str, Any]) -> str | None:
         return None
     lengths = sorted({r["tokens"] for e in drawn for r in e["decode"]})
     plt = plots._pyplot()
-    figure, axes = plt.subplots(1, len(lengths), figsize=(4.4 * len(lengths), 3.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(lengths), figsize=(3.6 * len(lengths) + 1.6, 3.6), squeeze=False)
+    lines = {}
     for ax, n in zip(axes[0], lengths, strict=True):
         for e in drawn:
             row = next((r for r in e["decode"] if r["tokens"] == n), None)
             if row is None:
                 continue
-            marker, color = STYLES.get(e["library"], ("D", plots.BLACK))
-            speed, here = row["tokens_per_s"], (e["perplexity"], row["tokens_per_s"]["median"])
-            ax.errorbar(*here, yerr=[[here[1] - speed["low"]], [speed["high"] - here[1]]], color=color, marker=marker, markersize=6, elinewidth=0.8)
-            ax.annotate(e["engine"], here, textcoords="offset points", xytext=(6, 3), fontsize=7, color=color)
+            marker = MARKERS.get(e["route"] if e["library"] == "ours" else e["library"], "P")
+            color, speed = COLORS.get(e["precision"], plots.PURPLE), row["tokens_per_s"]
+            error = [[speed["median"] - speed["low"]], [speed["high"] - speed["median"]]]
+            style = {"linestyle": "", "markersize": 6, "elinewidth": 0.8, "markerfacecolor": "none" if e["engine"].endswith("eager") else color}
+            lines[e["engine"]] = ax.errorbar(e["perplexity"], speed["median"], yerr=error, color=color, marker=marker, **style)
         ax.set(xlabel="perplexity (less is better)", ylabel="decoded tokens per second", title=f"context {n:,}", ylim=(0, None))
-        ax.margins(x=0.35)
+    axes[0][-1].legend(lines.values(), lines.keys(), fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     return plots._save(plt, figure, path)

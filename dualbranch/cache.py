@@ -72,7 +72,7 @@ class KVCache:
         self.n_cached.copy_(self.n_cached.minimum(torch.as_tensor(n_cached, dtype=torch.int64)))
 
     def rows(self, start: int, stop: int) -> KVCache:
-        """Rows [start, stop) as a cache of their own. Nothing is copied: what one of the two caches, writes or forgets, the other does."""
+        """Rows [start, stop) as a cache of their own, on the same storage: whatever changes in one of the two changes in both."""
         out = object.__new__(KVCache)
         out.config, out.capacity = self.config, self.capacity
         out.k, out.v = [t[start:stop] for t in self.k], [t[start:stop] for t in self.v]
@@ -93,10 +93,10 @@ class KVCache:
 
     def writer(self, n_new: Tensor, n_cols: int) -> CacheWriter:
         """For one forward pass of `n_new (B,)` tokens per row on a grid `n_cols` wide. Raises CacheFull; mutates nothing yet."""
-        needed = int((self.n_cached + n_new).max())
-        if needed > self.capacity:
-            raise CacheFull(f"the cache holds {self.capacity} tokens and {needed} are needed; ask for fewer tokens or a larger capacity (max_seq_len)")
-        return CacheWriter(self, n_new, n_cols)
+        writer = CacheWriter(self, n_new, n_cols)
+        if writer.n_keys > self.capacity:
+            raise CacheFull(f"the cache holds {self.capacity} tokens and {writer.n_keys} are needed; ask for fewer tokens or a larger capacity (max_seq_len)")
+        return writer
 
 
 class CacheWriter:
@@ -118,8 +118,9 @@ class CacheWriter:
         n_completed = self.end // block - first
         row = rows.repeat_interleave(n_completed)
         nth = torch.arange(len(row)) - (n_completed.cumsum(0) - n_completed)[row]  # 0, 1, ... within each row
-        self.completed = torch.stack([row, first[row] + nth], 1).to(device)  # (row, block) newly complete
-        self.blocks = self.completed[:, 0] * (cache.capacity // block) + self.completed[:, 1]  # the same as flat indices
+        nth += first[row]
+        self.completed = torch.stack([row, nth], 1)  # (row, block) newly complete
+        self.blocks = (row * (cache.capacity // block) + nth).to(device)  # the same as flat indices
 
     def layer(self, i: int, order: Tensor | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
         """The store of layer `i`; `order` as in `Partition`. Calling it writes into the cache."""
@@ -134,7 +135,7 @@ class CacheWriter:
             for full, new in ((cache.k[i], k), (cache.v[i], v)):
                 full.flatten(0, 1).index_copy_(0, slots, new.detach().to(full.dtype))
             pooled = cache.pooled.get(i)
-            if pooled is not None and len(self.blocks):
+            if pooled is not None and len(self.completed):
                 complete = cache.k[i].view(-1, block, *k.shape[1:]).index_select(0, self.blocks)  # (pairs, block_size, Hk, D)
                 pooled.flatten(0, 1).index_copy_(0, self.blocks, complete.float().mean(1))
             return cache.k[i][:, : self.n_keys], cache.v[i][:, : self.n_keys], pooled

@@ -232,16 +232,14 @@ def _load_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | 
     precision = manifest["extra"].get("precision", "fp32")
     try:
         with torch.device("meta"):  # shapes only: nothing is allocated before they are known to fit the file
-            expected = lay_out(DualBranchModel(config), precision).state_dict()
+            model = lay_out(DualBranchModel.without_weights(config), precision)
     except ValueError as error:
         raise CheckpointError(f"{folder}: the manifest's {error}") from error
-    _check_tensors(path, header, {name: tuple(tensor.shape) for name, tensor in expected.items()})
-    with torch.random.fork_rng(devices=[]):  # loading must not move the caller's random numbers
-        model = lay_out(DualBranchModel(config), precision)
+    _check_tensors(path, header, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     weights = safetensors.torch.load_file(path)
     stored = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.float32)
+    model.load_state_dict(weights, assign=True)
     model.to(device=device, dtype=dtype or stored)
-    model.load_state_dict(weights)
     model.calibration = calibration
     return LoadedModel(model.eval(), tokenizer, folder, manifest["extra"])
 

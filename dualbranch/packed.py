@@ -1,8 +1,9 @@
 """Matrices of 4, 8 or 16 bits per weight, packed in 32-bit words: a fraction of the memory, and of the bytes that a decoded token reads.
 
-A word holds `per = 32 / bits` columns of one row, and eight rows are interleaved: field j (from the lowest bits) of word `[n // 8, c, n % 8]` is row n's
-column `j * C + c`, C words to a row; at 4 bits column `8 * c + j`, so that a group of 32 neighbours shares a scale. One vector register then holds
-the same columns of eight rows. In this shape PyTorch's compiler makes `product` a loop at the memory's speed; without a compiler it is correct and slow.
+A word holds `per = 32 / bits` columns of one row, and L = LANES rows are interleaved: field j (from the lowest bits) of word `[n // L, c, n % L]` is row
+n's column `j * C + c`, C words to a row; at 4 bits column `8 * c + j`, so that a group of 32 neighbours shares a scale. One vector register then holds
+the same columns of L rows (in a checkpoint L is always STORED_LANES). In this shape PyTorch's compiler makes `product` a loop at the memory's speed;
+without a compiler it is correct and slow.
 
 Fields are stored above zero (value + 2^(bits-1)) except the highest, which keeps its sign: one AND and one conversion give a field as a power of two
 times its value. Activations stay fp32: nothing is lost but what rounding the weights loses. `precision.py` puts these matrices into a model.
@@ -17,8 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: Rows interleaved in a word matrix, and columns that share a scale and an offset at 4 bits.
-ROWS, GROUP = 8, 32
+#: Rows interleaved in a checkpoint; and in memory, as many as this machine's vector registers have fp32 lanes (8 where they have fewer).
+STORED_LANES = 16
+LANES = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+#: Columns that share a scale and an offset at 4 bits.
+GROUP = 32
 #: Most tokens multiplied by the packed words as they are; for more the matrix is unpacked first.
 FEW = 8
 #: For the compiler: fuse unpacking into the product, however many operators that takes, and a product and a sum into one instruction.
@@ -57,13 +61,19 @@ def join_columns(pieces: list[Tensor], bits: int, axis: int) -> Tensor:
 
 
 def interleave(q: Tensor, bits: int) -> Tensor:
-    """Signed fields `q (N, K)` int32 of `bits` bits, to words `(N / 8, K / per, 8)` int32."""
+    """Signed fields `q (N, K)` int32 of `bits` bits, to words `(N / L, K / per, L)` int32."""
     per, mask, half = 32 // bits, (1 << bits) - 1, 1 << (bits - 1)
-    fields = split_columns(q, bits).unflatten(0, (-1, ROWS))
+    fields = split_columns(q, bits).unflatten(0, (-1, LANES))
     words = (fields[..., -1] & mask) << (32 - bits)
     for j in range(per - 1):
         words = words | (fields[..., j] + half) << (bits * j)
     return words.transpose(1, 2).contiguous()
+
+
+def relaid(words: Tensor, lanes: int) -> Tensor:
+    """Words `(N / L, C, L)` with `lanes` rows interleaved instead of L."""
+    rows = words.transpose(1, 2).flatten(0, 1)  # (N, C)
+    return rows.unflatten(0, (-1, lanes)).transpose(1, 2).contiguous()
 
 
 def halves(words: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,15 +108,15 @@ def unpacked(words: Tensor, scales: Tensor | None, bits: int) -> list[Tensor]:
 def transposed(words: Tensor, scales: Tensor | None, bits: int) -> Tensor:
     """A whole word matrix, unpacked: `(K', N')` fp32."""
     if bits == 8:
-        scales = scales.view(-1, 1, ROWS)
+        scales = scales.view(-1, 1, LANES)
     return join_columns([p.transpose(0, 1).flatten(1) for p in unpacked(words, scales, bits)], bits, 0)
 
 
 class PackedMatrix(nn.Module):
     """A matrix `(N, K)` at 16 bits (bf16), 8 (a scale per row) or 4 (groups of 32 columns with scale and offset). fp32 in and out.
 
-    `words (N' / 8, K' / per, 8)`, with N and K rounded up to multiples of ROWS and GROUP; `scales`: at 8 bits `(N',)`, at 4 scale and offset as the
-    halves of words `(N' / 8, K' / GROUP, 8)`, at 16 None. Words are kept as fp32 tensors of the same bits, which compiled loops load fastest.
+    `words (N' / L, K' / per, L)`, with N and K rounded up to multiples of STORED_LANES and GROUP; `scales`: at 8 bits `(N',)`, at 4 scale and offset
+    as the halves of words `(N' / L, K' / GROUP, L)`, at 16 None. Words are kept as fp32 tensors of the same bits, which compiled loops load fastest.
     """
 
     def __init__(self, n_rows: int, n_columns: int, bits: int) -> None:
@@ -115,35 +125,35 @@ class PackedMatrix(nn.Module):
             raise ValueError(f"bits is {bits}; a packed matrix has 4, 8 or 16 bits per weight")
         self.n_rows, self.n_columns, self.bits = n_rows, n_columns, bits
         self.unpack: Callable[[Tensor, Tensor | None], Tensor] = partial(transposed, bits=bits)
-        N, K = -(-n_rows // ROWS) * ROWS, -(-n_columns // GROUP) * GROUP
-        self.register_buffer("words", torch.zeros(N // ROWS, K * bits // 32, ROWS))
-        self.register_buffer("scales", {4: torch.zeros(N // ROWS, K // GROUP, ROWS), 8: torch.zeros(N)}.get(bits))
+        N, K = -(-n_rows // STORED_LANES) * STORED_LANES, -(-n_columns // GROUP) * GROUP
+        self.register_buffer("words", torch.zeros(N // LANES, K * bits // 32, LANES))
+        self.register_buffer("scales", {4: torch.zeros(N // LANES, K // GROUP, LANES), 8: torch.zeros(N)}.get(bits))
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> None:
         """Takes the values of `weight (N, K)`, rounded. Mutates the matrix."""
-        N, K = self.words.shape[0] * ROWS, self.words.shape[1] * 32 // self.bits
+        N, K = self.words.shape[0] * LANES, self.words.shape[1] * 32 // self.bits
         weight = F.pad(weight.float(), (0, K - weight.shape[1], 0, N - weight.shape[0]))
         if self.bits == 16:
-            words = join_halves(*split_columns(weight, 16).unflatten(0, (-1, ROWS)).transpose(1, 2).unbind(-1))
+            words = join_halves(*split_columns(weight, 16).unflatten(0, (-1, LANES)).transpose(1, 2).unbind(-1))
         elif self.bits == 8:
             q, self.scales = quantize_rows(weight)
             words = interleave(q, 8)
         else:
             q, scale, low = quantize_groups(weight)
             words = interleave(q - 8, 4)
-            self.scales = join_halves(low, scale).view(-1, ROWS, K // GROUP).transpose(1, 2).contiguous().view(torch.float32)
+            self.scales = join_halves(low, scale).view(-1, LANES, K // GROUP).transpose(1, 2).contiguous().view(torch.float32)
         self.words = words.contiguous().view(torch.float32)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._word_names:
-            destination[prefix + name] = destination[prefix + name].view(torch.int32)
+            destination[prefix + name] = relaid(destination[prefix + name].view(torch.int32), STORED_LANES)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         for name in self._word_names:
             if prefix + name in state_dict:
-                state_dict[prefix + name] = state_dict[prefix + name].view(torch.float32)
+                state_dict[prefix + name] = relaid(state_dict[prefix + name], LANES).view(torch.float32)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn, recurse: bool = True) -> PackedMatrix:
@@ -166,7 +176,7 @@ class PackedMatrix(nn.Module):
     def rows(self, index: Tensor) -> Tensor:
         """Rows `index (...)` int64, unpacked: `(..., K)` fp32."""
         flat = index.flatten()
-        block, lane = flat // ROWS, flat % ROWS
+        block, lane = flat // LANES, flat % LANES
         scales = {4: lambda: self.scales[block, :, lane], 8: lambda: self.scales[flat][:, None], 16: lambda: None}[self.bits]()
         values = join_columns(unpacked(self.words[block, :, lane], scales, self.bits), self.bits, 1)
         return values[:, : self.n_columns].view(*index.shape, self.n_columns)
@@ -182,16 +192,16 @@ class PackedMatrix(nn.Module):
         else:
             fields = raw_fields(words, bits)
             scaled = split_columns(kept(x * _field_scales(x.shape[1], bits, x.device)), bits).unbind(2)
-        sums = [sum(f * s[m, :, None] for f, s in zip(fields, scaled, strict=True)) for m in range(len(x))]  # each (N' / 8, C, 8)
+        sums = [sum(f * s[m, :, None] for f, s in zip(fields, scaled, strict=True)) for m in range(len(x))]  # each (N' / L, C, L)
         if bits == 16:
             y = torch.stack([s.sum(1).flatten() for s in sums])
         elif bits == 8:
             above = half * sum(columns[:-1]).sum(1, keepdim=True)  # what the unsigned fields have too much
             y = (torch.stack([s.sum(1).flatten() for s in sums]) - above) * self.scales
         else:
-            low, scale = (s[:, :, None] for s in halves(self.scales.view(torch.int32)))  # (N' / 8, G, 1, 8)
+            low, scale = (s[:, :, None] for s in halves(self.scales.view(torch.int32)))  # (N' / L, G, 1, L)
             total, missing = sum(columns), half * columns[-1]
-            by_group = (len(words), low.shape[1], -1, ROWS)
+            by_group = (len(words), low.shape[1], -1, LANES)
             sums = [(s + missing[m, :, None]).view(by_group) * scale + total[m].view(1, by_group[1], -1, 1) * low for m, s in enumerate(sums)]
             y = torch.stack([s.sum((1, 2)).flatten() for s in sums])
         return y[:, : self.n_rows]

@@ -56,11 +56,10 @@ class NewestToken:
 
 def read(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
     """Softmax attention of `q (Hk, G, D)` over `k, v (Hk, S, D)`, those with `seen (Hk, S)`: `(1, Hk * G, D)`."""
-    scores = (q[:, :, None] * k[:, None]).sum(-1) * q.shape[-1] ** -0.5  # (Hk, G, S)
+    scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2))  # (Hk, G, S)
     if seen is not None:
         scores = scores.masked_fill(~seen[:, None], float("-inf"))
-    p = scores.softmax(-1)
-    return (p[..., None] * v[:, None]).sum(2).flatten(0, 1)[None]
+    return torch.bmm(scores.softmax(-1), v).flatten(0, 1)[None]
 
 
 def sparse_slots(q: Tensor, pooled: Tensor, position: Tensor, spec: SparseSpec) -> tuple[Tensor, Tensor]:

@@ -128,8 +128,9 @@ def test_tokens_looked_at_twice_are_those_of_a_run_in_which_they_went_slow(tiny)
         (g,) = generate_batch(model, tok, [prompt], mode, SamplingParams(max_tokens=40))
         assert g.ids == cold_reply(model, tok, prompt, mode, 40, routes=g.use_slow)
         with torch.no_grad():
-            gated = model(torch.tensor([prompt + g.ids[:-1]]), "auto", budget=0.2).use_slow[0]
-        assert g.use_slow[: g.n_prompt] == gated[: g.n_prompt].tolist()  # a prompt gets no second look
+            gated = model(torch.tensor([prompt + g.ids[:-1]]), "auto", budget=0.2).use_slow[0].tolist()
+        assert g.use_slow[: g.n_prompt] == gated[: g.n_prompt]  # a prompt gets no second look
+        assert [u for u, of_gate in zip(g.use_slow, gated, strict=True) if u != of_gate] == [True] * g.n_second_looks
         want = sum(token_flops(model.config, float(slow), n) for n, slow in enumerate(g.use_slow))
         want -= (g.n_prompt - 1) * 2 * model.config.vocab_size * model.config.d_model
         first_look = token_flops(model.config, 0.0, g.n_prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import re
@@ -14,8 +15,11 @@ import pytest
 from dualbranch import infer
 from dualbranch.chat import split_reply
 from dualbranch.checkpoint import LoadedModel, load, save_checkpoint
+from dualbranch.cli import main as cli_main
 from dualbranch.conversation import Conversation
 from dualbranch.generate import generate
+from dualbranch.precision import quantize
+from dualbranch.runner import plain_steps
 from dualbranch.sampling import SamplingParams
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +108,43 @@ def test_json_is_one_valid_object_with_everything(cli, tiny, mode):
     assert result["slow_share"] == {"fast": 0.0, "think": 1.0}.get(mode, result["slow_share"])
     assert "".join(t["piece"] for t in result["tokens"] if t["phase"] == "answer") == reply.answer
     assert all((t["g"] is not None) == (mode == "auto") for t in result["tokens"])
+
+
+def test_precision_rounds_the_weights_and_says_how_to_make_it_fast(cli, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("DUALBRANCH_CACHE", str(tmp_path))
+    code, out, err = cli(*ask("--mode", "think", "--precision", "int8"))
+    assert code == 0 and "dualbranch compile" in err
+    rounded = quantize(copy.deepcopy(tiny[0]), "int8")
+    expected = generate(LoadedModel(rounded, tiny[1]), "the sum of two numbers", mode="think", max_tokens=24)
+    assert expected.answer.strip() in out
+    for flag in ((), ("--precision", "fp32"), ("--no-compile",)):
+        assert "compile" not in cli(*ask(*flag))[2]
+
+
+def test_compiled_code_for_int8_alone_makes_int8_the_default(cli, monkeypatch):
+    monkeypatch.setattr("dualbranch.compiled.is_built", lambda model, precision: precision == "int8")
+    monkeypatch.setattr("dualbranch.compiled.load_steps", plain_steps)
+    code, out, err = cli(*ask("--mode", "think"))
+    assert code == 0 and "rounded to int8" in err
+    assert "rounded" not in cli(*ask("--mode", "think", "--no-compile"))[2]
+    assert "rounded" not in cli(*ask("--mode", "think", "--precision", "fp32"))[2]
+
+
+def test_quantize_writes_a_smaller_checkpoint_that_infer_runs(cli, run_folder, tmp_path, capsys):
+    out = tmp_path / "small"
+    assert cli_main(["quantize", str(run_folder / "runs" / "little"), "--precision", "int4", "--out", str(out)]) == 0
+    assert "int4" in capsys.readouterr().out
+    code, reply, err = cli(*ask("--model", str(out), "--mode", "fast"))
+    assert code == 0 and reply.strip()
+    for argv, words in (
+        (["quantize", str(out), "--out", str(tmp_path / "b")], "already"),
+        (["quantize", str(run_folder / "runs" / "little"), "--out", str(out)], "exists already"),
+        (["quantize", str(run_folder / "runs" / "little"), "--precision", "int5", "--out", str(tmp_path / "b")], "int5"),
+        (["quantize", str(run_folder / "runs" / "little"), "--precision", "fp32", "--out", str(tmp_path / "b")], "fp32"),
+    ):
+        assert cli_main(argv) == infer.USAGE_ERROR
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_budget_moves_the_share_of_slow_tokens(cli):

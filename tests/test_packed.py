@@ -98,6 +98,22 @@ def test_words_survive_a_change_of_dtype():
     assert torch.equal(other.matrix.transposed(), linear.matrix.transposed())
 
 
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_machine_with_longer_registers_reads_the_same_weights(bits, monkeypatch):
+    weight, x = torch.randn(40, 64), torch.randn(2, 64)
+    stored, unpacked = {}, {}
+    for n in (8, 16):
+        monkeypatch.setattr("dualbranch.packed.LANES", n)
+        matrix = packed(weight, bits)
+        torch.testing.assert_close(matrix.product(x), x @ rounded(weight, bits).T, rtol=1e-4, atol=1e-4)
+        assert torch.equal(matrix.rows(torch.arange(40)), matrix.transposed().T)
+        stored[n], unpacked[n] = matrix.state_dict(), matrix.transposed()
+    assert all(torch.equal(stored[8][name], t) for name, t in stored[16].items())
+    again = PackedMatrix(40, 64, bits)  # with 16 lanes
+    again.load_state_dict(stored[8])
+    assert torch.equal(again.transposed(), unpacked[8])
+
+
 def test_precision_by_part():
     assert parse_precision("int8") == {"slow": 8, "fast": 8, "head": 8}
     assert parse_precision("int4") == {"slow": 4, "fast": 4, "head": 8}

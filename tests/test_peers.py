@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,13 +48,19 @@ def torch_settings():
 # ---- arithmetic
 
 
-def test_a_dense_tied_decoder_reads_all_its_matrices_and_all_keys():
-    model = DualBranchModel(DENSE)
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    everything = sum(p.numel() for p in model.parameters())
-    assert peers_report.weight_bytes_read(DENSE, 1.0, 4 * everything) == pytest.approx(4 * matrices)
-    assert peers_report.weight_bytes_read(DENSE, 1.0, everything / 2) == pytest.approx(matrices / 2), "four bits a weight"
-    cache = model.new_cache(1, 48)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_token_reads_its_branch_and_the_head(tied, tmp_path, tiny, torch_settings):
+    model = make_tiny_model(tiny[1].vocab_size, tie_embeddings=tied)
+    save_checkpoint(tmp_path / "m", model, tiny[1])
+    held = peers_engines.Ours(Job(Engine("x", "ours", str(tmp_path / "m"), "fp32"), "speed", 1, 16)).weight_bytes()
+    assert held["all"] == sum(4 * x.numel() for x in [*model.parameters(), *model.buffers()])
+    for share in (0.0, 0.25, 1.0):
+        matrices = 4 * model.cost(share).params_read
+        assert peers_report.weight_bytes_read(model.config, share, held) == pytest.approx(matrices, rel=0.05), "norms and the gate's bias are read too"
+
+
+def test_a_dense_decoder_reads_all_keys():
+    cache = DualBranchModel(DENSE).new_cache(1, 48)
     assert peers_report.kv_bytes_read(DENSE, 1.0, 47, 4) == cache.n_bytes(), "the last of 48 tokens reads what a cache of 48 holds"
 
 
@@ -163,7 +170,7 @@ def test_an_adapter_reads_and_rewinds_as_one_pass_does(library, small_models, to
         for i in range(30, 40):
             check(adapter.read([ids[i]]), i)
     assert adapter.slow_share(0, 40) == 1.0
-    assert adapter.weight_bytes() == pytest.approx(4 * sum(p.numel() for p in model.parameters()), rel=0.02)
+    assert adapter.weight_bytes()["all"] == pytest.approx(4 * sum(p.numel() for p in model.parameters()), rel=0.02)
     quality = adapter_class(Job(engine, "quality", 1, 64))
     for _ in range(2):
         found = quality.logits(ids)
@@ -248,12 +255,12 @@ def test_peers_that_are_not_installed_are_skipped_with_what_to_install(monkeypat
     found_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("llama_cpp", "transformers") else found_spec(name))
     loaded = LoadedModel(*tiny)
-    engines, skipped = peers.find_engines(make_args(model="m"), loaded, loaded, tmp_path)
+    engines, skipped = peers.find_engines(make_args(model="m"), loaded, loaded, tmp_path, print)
     assert [e.name for e in engines] == ["ours slow fp32 eager", "ours fast fp32 eager", "ours auto 0.3 fp32 eager"]
     assert set(skipped) == {"llama.cpp q8_0", "llama.cpp fp32", "transformers fp32", "transformers bf16"}
     assert all("pip install" in reason for reason in skipped.values()) and "llama-cpp-python" in skipped["llama.cpp q8_0"]
     assert not list(tmp_path.iterdir()), "nothing is exported for an engine that can't run"
-    engines, skipped = peers.find_engines(make_args(model="m", engines=["transformers fp32"]), loaded, loaded, tmp_path)
+    engines, skipped = peers.find_engines(make_args(model="m", engines=["transformers fp32"]), loaded, loaded, tmp_path, print)
     assert not engines and set(skipped) == {"transformers fp32"}
 
 
@@ -264,17 +271,32 @@ def test_what_our_exporter_cannot_write_is_skipped_with_its_reason(monkeypatch, 
         raise ValueError("no family has two heads")
 
     monkeypatch.setattr(peers, "export", refuse)
-    engines, skipped = peers.find_engines(make_args(model="m", engines=["llama.cpp"]), LoadedModel(*tiny), None, tmp_path)
+    engines, skipped = peers.find_engines(make_args(model="m", engines=["llama.cpp"]), LoadedModel(*tiny), None, tmp_path, print)
     assert not engines and skipped == dict.fromkeys(("llama.cpp q8_0", "llama.cpp fp32"), "our exporter can't write it: no family has two heads")
 
 
 def test_packed_engines_read_checkpoints_of_their_precision(tmp_path, tiny):
     loaded = LoadedModel(*tiny)
-    engines, _ = peers.find_engines(make_args(model="m", precision=["int8"], engines=["ours"]), loaded, loaded, tmp_path)
+    engines, _ = peers.find_engines(make_args(model="m", precision=["int8"], engines=["ours"]), loaded, loaded, tmp_path, print)
     paths = {e.name: Path(e.model) for e in engines}
     assert paths.pop("ours slow fp32 eager") == Path("m")
     assert [p.name for p in paths.values()] == ["slow-int8", "dual-int8", "dual-int8"] and all((p / "manifest.json").is_file() for p in paths.values())
     assert loaded.model.precision == "fp32", "the model itself stays as it is"
+    engines, skipped = peers.find_engines(make_args(model="m", precision=["int7"], engines=["ours"]), loaded, None, tmp_path, print)
+    assert [e.name for e in engines] == ["ours slow fp32 eager"] and "precision 'int7' is unknown" in skipped["ours slow int7 eager"]
+
+
+def test_compiled_engines_are_compiled_before_or_skipped(tmp_path, tiny, monkeypatch):
+    loaded, built = LoadedModel(*tiny), []
+    args = make_args(model="m", precision=["fp32", "int8"], engines=["ours"], eager=False)
+    monkeypatch.setattr(peers.compiled, "build", lambda model, note: built.append(model.precision))
+    engines, _ = peers.find_engines(args, loaded, None, tmp_path, print)
+    assert [(e.name, e.compiled) for e in engines] == [("ours slow fp32 eager", False), ("ours slow fp32", True), ("ours slow int8", True)]
+    assert built == ["fp32", "int8"]
+    monkeypatch.undo()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    engines, skipped = peers.find_engines(args, loaded, None, tmp_path / "other", print)
+    assert [e.name for e in engines] == ["ours slow fp32 eager"] and all("no-such-compiler" in skipped[name] for name in ("ours slow fp32", "ours slow int8"))
 
 
 # ---- what is written
@@ -282,14 +304,11 @@ def test_packed_engines_read_checkpoints_of_their_precision(tmp_path, tiny):
 
 def make_result() -> dict:
     def turn(first: float, step: float, memory: int) -> list[dict]:
-        start = {"import_s": 1.0, "load_s": 2.0, "warmup_s": 0.5, "weight_bytes": 4000, "kv_element_bytes": 4, "details": "AVX2 = 1"}
+        start = {"import_s": 1.0, "load_s": 2.0, "warmup_s": 0.5, "weight_bytes": {"all": 4000}, "kv_element_bytes": 4, "details": "AVX2 = 1"}
         start["load_peak_rss_bytes"] = 5 * 10**8
         records = [{"tokens": 4, "first_token_s": first / 2, "prompt_slow_share": 1.0, "peak_rss_bytes": 2}]
-        return [
-            start,
-            *records,
-            {"tokens": 8, "first_token_s": first, "prompt_slow_share": 1.0, "step_s": step, "step_slow_share": 1.0, "peak_rss_bytes": memory},
-        ]
+        records.append(records[0] | {"tokens": 8, "first_token_s": first, "step_s": step, "step_slow_share": 1.0, "peak_rss_bytes": memory})
+        return [start, *records]
 
     windows = [{"nll": 6.0, "n_predicted": 3, "decode_error": 1e-5}, {"nll": 2.0, "n_predicted": 1}]
     turns = [turn(0.1, 0.02, 10**9), turn(0.3, 0.01, 2 * 10**9), turn(0.2, 0.04, 3 * 10**9)]
@@ -297,7 +316,8 @@ def make_result() -> dict:
     slow = peers_report.summary(Engine("transformers bf16", "transformers", "m", "bf16"), DENSE, [turns[0][:2]], [], MACHINE, ["stopped after 9 s"])
     return {
         "benchmark": "peers", "command": "python benchmarks/peers.py", "date": "2026-11-22 10:00 UTC", "commit": "abc", "device": "a CPU", "model": "m",
-        "dual": None, "versions": {"torch": "2"}, "machine": MACHINE, "engines": [ours, slow], "skipped": {"llama.cpp q8_0": "llama_cpp isn't installed"},
+        "weights": "m.Q4_1.gguf", "dual": None, "versions": {"torch": "2"}, "machine": MACHINE, "engines": [ours, slow],
+        "skipped": {"llama.cpp q8_0": "llama_cpp isn't installed"},
         "settings": {"threads": 2, "repeats": 3, "n_decode": 2, "window": 4, "quality_tokens": 4},
     }  # fmt: skip
 
@@ -326,17 +346,8 @@ def test_files_hold_the_same_numbers_and_name_hardware_versions_and_the_skipped(
     peers_report.write(result, str(out))
     assert json.loads(Path(f"{out}.json").read_text()) == json.loads(json.dumps(result))
     text = Path(f"{out}.md").read_text()
-    for words in (
-        "a CPU, 2 threads",
-        "torch 2",
-        "commit abc",
-        "1.00 GB/s",
-        "200 (150 to 250)",
-        "llama_cpp isn't installed",
-        "AVX2 = 1",
-        "2026-11-22-cpu.png",
-        "bf16: stopped",
-    ):
+    named = ["a CPU, 2 threads", "torch 2", "commit abc", "1.00 GB/s", "from m.Q4_1.gguf", "llama_cpp isn't installed", "AVX2 = 1", "bf16: stopped"]
+    for words in [*named, "200 (150 to 250)", "2026-11-22-cpu.png"]:
         assert words in text, words
     assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
     from rich.console import Console
@@ -356,6 +367,7 @@ def test_nothing_is_drawn_where_no_quality_stands_beside_a_speed(tmp_path):
 # ---- the whole
 
 
+@pytest.mark.slow  # three processes that import torch
 def test_a_quick_run_measures_our_engines_on_a_tiny_model(tmp_path, tiny, monkeypatch, capsys):
     save_checkpoint(tmp_path / "m", *tiny)
     rng = random.Random(0)
