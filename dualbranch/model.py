@@ -95,6 +95,12 @@ class DualBranchModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What products are computed in: the weights' dtype, or that of `torch.autocast` where it is on."""
+        kind = self.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+
     def cost(self, route: str | float = "slow", n_cached: int = 0) -> accounting.Cost:
         """Parameters, FLOPs and KV bytes of one token with `n_cached` tokens before it; `route` is "slow", "fast" or a share of slow tokens."""
         return accounting.token_cost(self.config, route, n_cached, kv_element_bytes=self.norm.weight.element_size())
@@ -202,7 +208,7 @@ class DualBranchModel(nn.Module):
             raise ValueError(f"{n_keys} tokens exceed max_seq_len = {self.config.max_seq_len}; shorten the prompt or raise it (rope_scaling)")
         positions = q_pos if doc_start is None else q_pos - doc_start
         positions, n_positions = positions.flatten(), n_keys if lengths is None else n_keys + T
-        angles, sliding = (None if rope is None else tuple(x.to(self.dtype) for x in rope(positions, n_positions)) for rope in (self.rope, self.sliding_rope))
+        angles, sliding = (None if rope is None else tuple(x.to(self.compute_dtype) for x in rope(positions, n_positions)) for rope in (self.rope, self.sliding_rope))
         if lengths is not None:
             q_pos = torch.where(t < n_new.to(device)[:, None], q_pos, -1)
         return Grid(q_pos, doc_start, n_keys, *angles, sliding), keys, n_new

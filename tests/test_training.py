@@ -184,6 +184,29 @@ def test_gradient_does_not_depend_on_the_micro_batch_split(parts, finished):
     assert gradients[0].abs().max() > 1e-3
 
 
+def test_bf16_products_keep_the_gradients_direction_and_fp32_weights(finished):
+    """With both branches at work; "fp32" is exact, and "auto" one of the two."""
+    model, tok = load_checkpoint(finished / "student")
+    c = load_yaml(finished / "config.yaml", RunConfig)
+    data = BatchSource(c.data, tok, 0, c.model.sparse.block_size)
+    rows, gradients = data.batch(0), {}
+    route = torch.rand(rows.tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.4
+
+    def loss(rows, step):
+        logits = model(rows.tokens, route, doc_start=rows.doc_start).logits
+        return {"hard": stages.hard_loss(logits.flatten(0, 1), rows.targets.flatten(), rows.loss_weights.flatten())}
+
+    for precision in ("fp32", "bf16", "auto"):
+        model.zero_grad()
+        trainer.gradient_step(model, trainer.Loop("x", finished, 1, OptimConfig(), 1, data.batch, loss, print, precision), rows, 0)
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+        gradients[precision] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    cosine = torch.cosine_similarity(gradients["fp32"], gradients["bf16"], dim=0)
+    assert cosine > 0.995, cosine
+    assert not torch.equal(gradients["fp32"], gradients["bf16"])
+    assert any(torch.equal(gradients["auto"], gradients[name]) for name in ("fp32", "bf16"))
+
+
 def test_batches_prepared_ahead_by_processes_are_the_same(finished):
     tok = Tokenizer.load(finished / "tokenizer.model")
     data = BatchSource(load_yaml(TINY, RunConfig).data, tok, 0, 16)

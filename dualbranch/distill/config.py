@@ -168,6 +168,8 @@ class RunConfig:
     """One run. `name` is its folder under `out`; `threads` of 0 leaves torch's choice; `until` stops after that stage; `save_every` in steps.
 
     `device`: "auto" takes a GPU if there is one. On a GPU float32 products round to tf32.
+    `precision`: of the products in training; "auto" is bf16 where the device has units for it. Weights, sums, norms and the optimizer stay in fp32.
+    (On a CPU it pays from a width of about 512; the small models of this repository are no faster for it.)
     """
 
     name: str = "run"
@@ -175,6 +177,7 @@ class RunConfig:
     seed: int = 0
     threads: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
     until: Literal["teacher", "report"] = "report"
     model: DualBranchConfig = field(default_factory=DualBranchConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

@@ -108,7 +108,7 @@ def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log, dev
             ahead.restart()
         return ahead(step)
 
-    train(model, Loop("teacher", folder, t.steps, t.optim, config.save_every, batch, loss, log))
+    train(model, Loop("teacher", folder, t.steps, t.optim, config.save_every, batch, loss, log, config.precision))
     return snapshot(model)
 
 
@@ -196,7 +196,7 @@ def train_student(
             losses["align"] = s.align * align_loss(out.hidden.flatten(0, 1), target.hidden.flatten(0, 1), valid)
         return losses
 
-    train(student, Loop(name, folder, s.steps, s.optim, config.save_every, batch, loss, log))
+    train(student, Loop(name, folder, s.steps, s.optim, config.save_every, batch, loss, log, config.precision))
     return snapshot(student)
 
 

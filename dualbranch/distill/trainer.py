@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from dualbranch.data.packing import Rows
 from dualbranch.distill import dist
 from dualbranch.distill.config import OptimConfig
 from dualbranch.distill.optim import lr_factor, make_optimizers, set_lr
+from dualbranch.layers import has_bf16_units
 
 
 class NonFiniteLoss(RuntimeError):
@@ -39,7 +40,7 @@ class Stopped(KeyboardInterrupt):
 @dataclass(frozen=True)
 class Loop:
     """What a training loop needs besides the model. `batch(step)` gives the step's rows; `loss(rows, step)` sums whose total is
-    divided by `rows.loss_weights.sum()` of the whole batch. `log` receives one dict per step."""
+    divided by `rows.loss_weights.sum()` of the whole batch. `log` receives one dict per step. `precision`: see `RunConfig`."""
 
     name: str
     folder: Path
@@ -49,6 +50,7 @@ class Loop:
     batch: Callable[[int], Rows]
     loss: Callable[[Rows, int], dict[str, Tensor]]
     log: Callable[[dict], None]
+    precision: str = "fp32"
     quiet: bool = False
 
 
@@ -101,12 +103,19 @@ def gradient_step(model: nn.Module, loop: Loop, rows: Rows, step: int) -> dict[s
     sums: dict[str, Tensor] = {}
     for i in range(parts):
         begin = (i * world + dist.rank()) * size
-        losses = loop.loss(rows.map(lambda x: x[begin : begin + size].to(device)), step)  # noqa: B023
+        with mixed_precision(loop.precision, device):
+            losses = loop.loss(rows.map(lambda x: x[begin : begin + size].to(device)), step)  # noqa: B023
         total = sum(losses.values()) / weight
         (total * world).backward()  # FSDP averages over ranks
         for name, value in (losses | {"loss": total * weight}).items():
             sums[name] = sums.get(name, 0.0) + value.detach()
     return {name: float(dist.total(value)) / weight for name, value in sums.items()}
+
+
+def mixed_precision(precision: str, device: torch.device) -> AbstractContextManager:
+    """Products inside in bf16 where `precision` asks for it: "bf16" always, "auto" where `device` has units for it. Weights and sums stay in fp32."""
+    on = precision == "bf16" or (precision == "auto" and has_bf16_units(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
 
 def persist(model: nn.Module, optimizers: list[torch.optim.Optimizer], folder: Path, step: int) -> None:
