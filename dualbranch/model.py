@@ -208,7 +208,8 @@ class DualBranchModel(nn.Module):
             raise ValueError(f"{n_keys} tokens exceed max_seq_len = {self.config.max_seq_len}; shorten the prompt or raise it (rope_scaling)")
         positions = q_pos if doc_start is None else q_pos - doc_start
         positions, n_positions = positions.flatten(), n_keys if lengths is None else n_keys + T
-        angles, sliding = (None if rope is None else tuple(x.to(self.compute_dtype) for x in rope(positions, n_positions)) for rope in (self.rope, self.sliding_rope))
+        dtype = self.compute_dtype
+        angles, sliding = (None if rope is None else tuple(x.to(dtype) for x in rope(positions, n_positions)) for rope in (self.rope, self.sliding_rope))
         if lengths is not None:
             q_pos = torch.where(t < n_new.to(device)[:, None], q_pos, -1)
         return Grid(q_pos, doc_start, n_keys, *angles, sliding), keys, n_new
