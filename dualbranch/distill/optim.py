@@ -1,7 +1,7 @@
 """Optimizers and the learning-rate schedule.
 
 `torch.optim.Muon` orthogonalises in bfloat16, which on a CPU without bf16 units is a hundred times slower than the training step it
-serves (docs/experiments.md), hence our own: the same algorithm in the parameter's dtype.
+serves (docs/experiments.md), hence our own: the same algorithm in the parameter's dtype there, and in bf16 where that pays.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dualbranch.distill.config import OptimConfig
+from dualbranch.layers import has_bf16_units
 
 #: Quintic Newton-Schulz coefficients (Jordan et al. 2024): singular values go to [0.7, 1.2] within five steps.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+#: Matrices at least this large on both sides are orthogonalised in bf16 where the device has units for it.
+BF16_SIDE = 256
 
 
 def orthogonalize(m: Tensor, steps: int = 5) -> Tensor:
@@ -46,7 +49,9 @@ class Muon(torch.optim.Optimizer):
                 full = direction.full_tensor() if hasattr(direction, "full_tensor") else direction
                 by_shape.setdefault(tuple(full.shape), []).append((p, full))
             for (rows, cols), items in by_shape.items():
-                updates = orthogonalize(torch.stack([d for _, d in items]))
+                stacked = torch.stack([d for _, d in items])
+                in_bf16 = min(rows, cols) >= BF16_SIDE and has_bf16_units(stacked.device)
+                updates = orthogonalize(stacked.bfloat16() if in_bf16 else stacked).to(stacked.dtype)
                 for (p, _), update in zip(items, updates, strict=True):
                     if hasattr(p, "device_mesh"):
                         from torch.distributed.tensor import distribute_tensor
