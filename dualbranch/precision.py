@@ -46,6 +46,21 @@ def lay_out(model: DualBranchModel, precision: str) -> DualBranchModel:
 
 
 @torch.no_grad()
+def unpack_branches(model: DualBranchModel) -> DualBranchModel:
+    """`model`, quantized in its branches alone: their matrices in fp32 again, with the values that rounding left. Mutates and returns it."""
+    assert isinstance(model.embed, nn.Embedding), "embedding and head are packed too"
+    for module in list(model.blocks.modules()):
+        for name, packed in list(module.named_children()):
+            if isinstance(packed, PackedLinear):
+                weights = {"weight": packed.matrix.transposed().T.contiguous()} | ({} if packed.bias is None else {"bias": packed.bias})
+                linear = nn.Linear(*reversed(weights["weight"].shape), packed.bias is not None, device="meta")
+                linear.load_state_dict(weights, assign=True)
+                setattr(module, name, linear)
+    model.precision = "fp32"
+    return model
+
+
+@torch.no_grad()
 def _replace_matrices(model: DualBranchModel, precision: str, keep_values: bool) -> DualBranchModel:
     bits = parse_precision(precision)
     if model.precision != "fp32":

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from dualbranch.distill.trainer import NonFiniteLoss
 
     if args.accept_gemma_terms:
-        load(args.model, dtype="bfloat16", accept_terms=True)  # fetched once, it needs no consent again
+        load(args.model, dtype="bfloat16", accept_terms=True, dense=True)  # fetched once, it needs no consent again
     try:
         folder = pipeline.run(config_of(args), args.resume)
     except NonFiniteLoss as error:

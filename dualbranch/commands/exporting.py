@@ -6,16 +6,18 @@ import argparse
 import json
 from pathlib import Path
 
-from dualbranch.checkpoint import load
+from dualbranch.checkpoint import LoadedModel, load
 from dualbranch.cli import add_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the export goes; may not exist yet, or be empty")
-    parser.add_argument("--branch", default="slow", help="slow (the conventional decoder), fast (the smallest device model) or dual (default: %(default)s)")
-    parser.add_argument("--to", default="safetensors", help="safetensors (a checkpoint of ours), hf or gguf (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", help="float32, float16, bfloat16; of gguf also q8_0, q5_1, q5_0, q4_1, q4_0 (default: %(default)s)")
+    parser.add_argument("--branch", help="slow (the conventional decoder), fast (the smallest device model) or dual (default: slow; of a delta dual)")
+    what = "safetensors (a checkpoint of ours), hf, gguf, or delta: what a converted model has beyond the one it was made from (default: %(default)s)"
+    parser.add_argument("--to", default="safetensors", help=what)
+    what = "float32 (default), float16, bfloat16; of gguf also q8_0, q5_1, q5_0, q4_1, q4_0; of a delta int4 (default), int8, bf16"
+    parser.add_argument("--dtype", help=what)
     parser.add_argument("--name", help="what the model card calls it (default: the folder's name)")
     parser.add_argument("--licence", help="what the model card says of its licence (default: that of the public model it is, where it is known)")
     parser.add_argument("--evaluation", metavar="FILE", help="JSON of what was measured (name -> number or text) for the model card")
@@ -33,11 +35,28 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{args.evaluation}: a {type(evaluation).__name__}, needed a JSON object: what was measured -> number or text")
     found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms)
     known = PIP_MODELS.get(args.model)
+    base, default = None, ("slow", "float32")
+    if args.to == "delta":
+        base, default = base_of(found), ("dual", "int4")
+        known = PIP_MODELS.get(base[0])
     sizes = export(
-        found.model, found.tokenizer, args.out, args.branch, args.to, args.dtype,
+        found.model, found.tokenizer, args.out, args.branch or default[0], args.to, args.dtype or default[1],
         family=text_config(found.extra["hf_config"]).get("model_type") if "hf_config" in found.extra else None,
         name=args.name, licence=args.licence or (known.licence if known else None), made=f"From `{args.model}`.", evaluation=evaluation, extra=found.extra,
+        base=base,
     )  # fmt: skip
     what = f"{sizes['branch']} branch as {sizes['to']}" + (f" of the family {sizes['family']}" if sizes["family"] else "")
     print(f"{sizes['folder']}: {what}, {sizes['dtype']}; {sizes['params']:,} parameters, {sizes['bytes'] / 1e6:,.1f} MB")
     return 0
+
+
+def base_of(found: LoadedModel) -> tuple[str, LoadedModel]:
+    """The model that a run converted, and its name, out of the run's config. Raises ValueError where there is none."""
+    from dualbranch.distill.config import RunConfig
+    from dualbranch.schema import load_yaml
+
+    config = found.folder.parent / "config.yaml"
+    name = load_yaml(config, RunConfig).teacher.checkpoint if config.is_file() else None
+    if name is None:
+        raise ValueError(f"{found.folder}: a delta is made of a run that converted a checkpoint (teacher.checkpoint in its config.yaml)")
+    return name, load(name, dtype="float32", dense=True)

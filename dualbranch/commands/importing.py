@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; give --out another folder")
-    found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms)
+    found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms, dense=True)
     save_checkpoint(folder, found.model, found.tokenizer, found.extra, args.dtype)
     c = found.model.config
     print(f"{folder}: {sum(p.numel() for p in found.model.parameters()):,} parameters, {c.n_layers} layers of width {c.d_model}, {c.vocab_size:,} tokens")

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{folder} exists already; give --out another folder")
     if args.rows < 1:
         raise ValueError(f"--rows is {args.rows}, needed at least 1")
-    found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms)
+    found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms, dense=True)
     documents = text_documents(found.tokenizer, tuple(args.text), () if args.text else ("wikipedia",), "train", args.seq_len)
     rows = pack(documents[: args.rows], args.seq_len, found.model.config.sparse.block_size, found.tokenizer.pad_id)
     sizes = {field: getattr(args, field) for field in SIZES.values()}

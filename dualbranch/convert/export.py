@@ -3,7 +3,7 @@
     branch   what it is                                              to
     slow     the conventional decoder on route slow                  safetensors, hf, gguf
     fast     the smallest device model: route fast and no other      safetensors; hf and gguf where every layer has one shape
-    dual     all of it                                               safetensors
+    dual     all of it                                               safetensors; delta: only what it has beyond the model it was converted from
 
 `families.py` says how public families write configs and tensors, `gguf_writer.py` how llama.cpp does, `checkpoint.py` writes ours.
 
@@ -26,16 +26,17 @@ from typing import Any
 import torch
 
 from dualbranch.accounting import token_cost
-from dualbranch.checkpoint import _DTYPES, _check_vocab, save_checkpoint, save_tensors, write_text
+from dualbranch.checkpoint import _DTYPES, LoadedModel, _check_vocab, save_checkpoint, save_tensors, write_text
 from dualbranch.config import DualBranchConfig
-from dualbranch.convert import families, gguf_writer
+from dualbranch.convert import delta, families, gguf_writer
 from dualbranch.convert.huggingface import WEIGHTS
 from dualbranch.model import DualBranchModel
 from dualbranch.tokenizer import TokenizerBase
 from dualbranch.tokenizer_hf import hf_files
 
 BRANCHES = ("slow", "fast", "dual")
-FORMATS = ("safetensors", "hf", "gguf")
+FORMATS = {"safetensors": tuple(_DTYPES), "hf": tuple(_DTYPES), "gguf": gguf_writer.DTYPES, "delta": delta.DTYPES}
+"""What can be written, and the dtypes of each."""
 
 
 def export(
@@ -52,25 +53,29 @@ def export(
     made: str | None = None,
     evaluation: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
+    base: tuple[str, LoadedModel] | None = None,
 ) -> dict[str, Any]:
     """Writes a branch of `model`, or all of it, into the new folder `folder`, with a model card (README.md), and returns its sizes.
 
-    `dtype`: float32, float16, bfloat16; of GGUF also q8_0, q5_1, q5_0, q4_1, q4_0. `family`: the Hugging Face model_type to prefer, where several can say what
-    the model does (`load(...).extra["hf_config"]["model_type"]` of an imported one). `name` (default: the folder's), `licence`, `made` (how it was made, one
-    paragraph) and `evaluation` (what was measured -> number or text) go into the card as they are; what isn't given is said to be unknown. `extra`: kept
-    in our own checkpoint's manifest. The result: `params`, `files` (name -> bytes), `bytes`, `params_read` and `flops` per token, `family`, `dtype`, `folder`.
+    `dtype`: float32, float16, bfloat16; of GGUF also q8_0, q5_1, q5_0, q4_1, q4_0; of a delta int4, int8 or bf16. `family`: the Hugging Face model_type to
+    prefer, where several can say what the model does (`load(...).extra["hf_config"]["model_type"]` of an imported one). `name` (default: the folder's),
+    `licence`, `made` (how it was made, one paragraph) and `evaluation` (what was measured -> number or text) go into the card as they are; what isn't given
+    is said to be unknown. `extra`: kept in our own checkpoint's manifest. `base`: of a delta, the name of the model that was converted and what `load` gives
+    for it. The result: `params`, `files` (name -> bytes), `bytes`, `params_read` and `flops` per token, `family`, `dtype`, `folder`.
 
     All or nothing: written beside `folder` and renamed. Raises ValueError: an unknown branch, format or dtype, a folder that holds something already, a
     branch the model doesn't have or the format can't hold (naming the field), weights that aren't finite in `dtype`.
     """
     folder = Path(os.path.abspath(folder))
-    for what, value, known in (("branch", branch, BRANCHES), ("to", to, FORMATS), ("dtype", dtype, gguf_writer.DTYPES if to == "gguf" else _DTYPES)):
+    for what, value, known in (("branch", branch, BRANCHES), ("to", to, FORMATS), ("dtype", dtype, FORMATS.get(to, ()))):
         if value not in known:
             raise ValueError(f"{what} is {value!r}, needed one of {', '.join(known)}{f' (to {to})' if what == 'dtype' else ''}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: there is something already; give a new folder")
     if branch == "dual" and model.config.is_dense:
         raise ValueError("branch is 'dual', but the model has no fast branch; export its slow branch, or convert it first")
+    if to == "delta" and (branch != "dual" or base is None):
+        raise ValueError("a delta is branch 'dual' without the model it was converted from; give that model as well")
     _check_vocab(model.config, tokenizer)
     name = name or folder.name
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -80,6 +85,9 @@ def export(
         if to == "safetensors":
             part = {"slow": slow_model, "fast": fast_model, "dual": lambda m: m}[branch](model)
             save_checkpoint(temporary, part, tokenizer, dict(extra or {}), dtype)
+        elif to == "delta":
+            part = model
+            delta.save_delta(temporary, model, *base, dtype, extra)
         else:
             part = dense_model(model, branch)
             hf_config = families.hf_config_of(part.config, family)
@@ -91,6 +99,7 @@ def export(
                 gguf_writer.write_gguf(temporary / f"{folder.name}-{dtype}.gguf", part.config, hf_config, tensors, tokenizer, dtype, name)
         sizes = _sizes(part.config, branch, temporary)
         sizes |= {"family": None if hf_config is None else hf_config["model_type"], "dtype": dtype, "branch": branch, "to": to, "folder": str(folder)}
+        sizes |= {"base": base[0]} if to == "delta" else {}
         write_text(temporary / "README.md", _card(name, part.config, sizes, licence, made, evaluation))
         if folder.exists():
             folder.rmdir()  # empty
@@ -189,12 +198,13 @@ def _card(name: str, c: DualBranchConfig, sizes: Mapping[str, Any], licence: str
         "safetensors": 'A checkpoint of dualbranch: `dualbranch.load("FOLDER")`.' + (" It runs on route fast only (`--mode fast`)." if c.fast_only else ""),
         "hf": f"A Hugging Face folder of the family `{sizes['family']}`, for `transformers` and what else reads those.",
         "gguf": "A GGUF file, for llama.cpp.",
+        "delta": f'Here is only what it has beyond `{sizes.get("base")}`, which it needs: `dualbranch.load("FOLDER")` puts both together.',
     }[sizes["to"]]
     if sizes["branch"] == "fast" and not c.fast_only:
         use += f" Its context is {c.max_seq_len} tokens: so far the fast branch's attention is dense, as this format's is."
     rows = {
         "parameters": f"{sizes['params']:,}",
-        "weights and tokenizer on disk": f"{sizes['bytes'] / 1e6:,.1f} MB ({sizes['dtype']})",
+        "on disk": f"{sizes['bytes'] / 1e6:,.1f} MB ({sizes['dtype']})",
         "parameters read per token": f"{sizes['params_read']:,.0f}" + (f" slow, {sizes['params_read_fast']:,.0f} fast" if "params_read_fast" in sizes else ""),
         "layers, width, context": f"{c.n_layers}, {c.d_model}, {c.max_seq_len:,} tokens",
         "heads, K/V heads, neurons of a layer": f"{c.n_heads}, {c.n_kv_heads}, {c.d_ff}"

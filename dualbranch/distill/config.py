@@ -233,7 +233,7 @@ def config_of_checkpoint(path_or_name: str) -> DualBranchConfig:
     """The sizes and dialect of what `dualbranch.load` finds. Raises what it raises."""
     from dualbranch.checkpoint import load
 
-    return load(path_or_name, dtype="bfloat16").model.config  # half the memory: the weights are not wanted
+    return load(path_or_name, dtype="bfloat16", dense=True).model.config  # half the memory: the weights are not wanted
 
 
 def branch_for(c: DualBranchConfig) -> dict[str, Any]:

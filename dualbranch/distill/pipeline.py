@@ -122,7 +122,7 @@ def stage(folder: Path, tok: Tokenizer, device: torch.device, make: Callable[[],
 def make_teacher(config: RunConfig, folder: Path, log: MetricsLog, device: torch.device) -> tuple[DualBranchModel, Tokenizer]:
     """The configured checkpoint, or one trained here (with a tokenizer of its own)."""
     if config.teacher.checkpoint is not None:
-        loaded = load(config.teacher.checkpoint, device=device, dtype=torch.float32)
+        loaded = load(config.teacher.checkpoint, device=device, dtype=torch.float32, dense=True)
         return loaded.model, loaded.tokenizer
     path = folder / "tokenizer.model"
     if not path.exists() and dist.rank() == 0:
