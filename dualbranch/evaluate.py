@@ -27,6 +27,7 @@ from dualbranch.generate import Generation, generate_batch
 from dualbranch.measure import about, measure_memory, measure_speed, speed_cases
 from dualbranch.model import DualBranchModel
 from dualbranch.modes import Mode, resolve
+from dualbranch.recall import distances_within, recall
 from dualbranch.routing_study import ablations, gate_examples, routing_study
 from dualbranch.sampling import SamplingParams
 from dualbranch.text_eval import evaluate_texts, read_text
@@ -319,6 +320,10 @@ def run_evaluation(
 
         budgets = sorted({*e.budgets, default} - {0.0, 1.0})
         out["text"] = evaluate_texts(student, tok, texts, budgets, e.text_window, e.text_tokens, note_text)
+        if e.n_recall:
+            parts = [text for part in texts.values() for text in part]
+            out["recall"] = recall(student, tok, parts, budgets, distances_within(student.config.max_seq_len), e.n_recall, config.seed)
+            note("recall", f"{e.n_recall} questions per distance")
     text = held_out.tokens[held_out.tokens != tok.pad_id]
     out["speed"] = measure_speed(speed_cases(teacher, student, dense), text, repeats=3)
     note("speed", f"{len(out['speed']['rows'])} cases")

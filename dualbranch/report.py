@@ -17,6 +17,7 @@ from typing import Any
 from dualbranch import plots
 from dualbranch.checkpoint import write_text
 from dualbranch.distill.config import RunConfig
+from dualbranch.recall import recall_rows
 from dualbranch.schema import load_yaml
 
 Runs = Mapping[str, Mapping[str, Any]]
@@ -265,7 +266,11 @@ def text(e: Mapping[str, Any], folder: Path) -> str:
         "Text that no stage saw, teacher-forced, hard routing, each window on its own. MFLOP per token are means over all positions, logits included."
         " *Second looks*: tokens that the gate let go fast and that went slow because the fast branch was unsure; they pay for both."
     ))  # fmt: skip
-    return "\n\n".join([*parts, f"![Perplexity against computation](plots/{figure})"])
+    parts.append(f"![Perplexity against computation](plots/{figure})")
+    if records := e.get("recall"):
+        about = f"**Recall**: a password, asked for so many tokens after it was given, {records[0]['n']} times; right (nats per password)."
+        parts += [about, table(*recall_rows(records))]
+    return "\n\n".join(parts)
 
 
 def accuracy(e: Mapping[str, Any], folder: Path) -> str:

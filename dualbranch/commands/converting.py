@@ -17,7 +17,7 @@ CONVERSION: dict[str, Any] = {
         "optim": {"kind": "adamw", "lr": 1e-3, "lr_other": 1e-3, "warmup": 0.03, "decay": 0.6},
     },
     "gate": {"rows": 48, "steps": 1500, "lr": 3e-3, "calibration_rows": 24, "default_budget": 0.3},
-    "evaluation": {"budgets": [0.1, 0.3, 0.5], "routing_rows": 8, "routing_shares": [0.3, 0.5], "text_tokens": 16384, "dense_baseline": False},
+    "evaluation": {"budgets": [0.1, 0.3, 0.5], "routing_rows": 8, "routing_shares": [0.3, 0.5], "text_tokens": 16384, "n_recall": 8, "dense_baseline": False},
     "save_every": 50,
 }  # fmt: skip
 

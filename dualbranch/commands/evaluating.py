@@ -1,4 +1,4 @@
-"""`dualbranch eval MODEL --on text FILE | corpus NAME | tasks`: what each route and budget gives, and what it costs."""
+"""`dualbranch eval MODEL --on text FILE | corpus NAME | recall | tasks`: what each route and budget gives, and what it costs."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ import sys
 from dualbranch.checkpoint import LoadedModel, load
 from dualbranch.cli import add_model
 
-ON = ("text", "corpus", "tasks")
+ON = ("text", "corpus", "recall", "tasks")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--on", nargs="+", required=True, metavar="WHAT", help="text FILE..., corpus NAME..., or tasks [NAME...]")
+    parser.add_argument("--on", nargs="+", required=True, metavar="WHAT", help="text FILE..., corpus NAME..., recall [CORPUS or FILE...], or tasks [NAME...]")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.3, 0.5], metavar="B", help="allowed shares of slow tokens (default: 0.1 0.3 0.5)")
     parser.add_argument("--wikitext", action="store_true", help="undo WikiText's token spacing ( @-@ , space before punctuation) first")
     parser.add_argument("--last", type=float, default=1.0, metavar="SHARE", help="only the last share of each file's lines, e.g. 0.2")
     parser.add_argument("--window", type=int, default=1024, metavar="N", help="tokens read at once (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="of each text, windows spread evenly over it (default: all of it)")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="of a corpus (default: %(default)s)")
-    parser.add_argument("--n-problems", type=int, default=24, metavar="N", help="per task (default: %(default)s)")
+    parser.add_argument("--n-problems", type=int, default=24, metavar="N", help="per task, or of recall per distance (default: %(default)s)")
+    what = "of recall: tokens between what is said and when it is asked for (default: 256 1024 2048 4096, those that fit the context)"
+    parser.add_argument("--distances", type=int, nargs="+", metavar="N", help=what)
     parser.add_argument("--precision", default="fp32", metavar="P", help="round the weights first: bf16, int8, int4, or by part (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print everything measured as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     kind, *names = args.on
-    if kind not in ON or (kind != "tasks" and not names):
-        raise ValueError(f"--on is {' '.join(args.on)!r}; needed text FILE..., corpus NAME..., or tasks [NAME...]")
-    found = on_tasks(args, names) if kind == "tasks" else on_text(args, kind, names)
+    if kind not in ON or (kind in ("text", "corpus") and not names):
+        raise ValueError(f"--on is {' '.join(args.on)!r}; needed text FILE..., corpus NAME..., recall [CORPUS or FILE...], or tasks [NAME...]")
+    found = on_tasks(args, names) if kind == "tasks" else on_recall(args, names) if kind == "recall" else on_text(args, kind, names)
     if args.json:
         print(json.dumps(found, ensure_ascii=False))
     return 0
@@ -67,6 +69,27 @@ def on_text(args: argparse.Namespace, kind: str, names: list[str]) -> dict:
 
     out = sys.stderr if args.json else sys.stdout
     return evaluate_texts(loaded.model, loaded.tokenizer, texts, budgets, args.window, args.max_tokens, note)
+
+
+def on_recall(args: argparse.Namespace, names: list[str]) -> list[dict]:
+    """Prints one line per route and budget; returns the records of `recall`."""
+    from dualbranch.data.corpora import CORPORA, load_corpus
+    from dualbranch.gate import check_budget
+    from dualbranch.recall import distances_within, recall, recall_rows
+    from dualbranch.text_eval import read_text
+
+    budgets = sorted({check_budget(b) for b in args.budgets})
+    texts = []
+    for name in names or ["wikipedia"]:
+        texts += load_corpus(name, args.split) if name in CORPORA else [read_text(name, args.wikitext, args.last)]
+    loaded = load_rounded(args)
+    distances = args.distances or distances_within(loaded.model.config.max_seq_len)
+    records = recall(loaded.model, loaded.tokenizer, texts, budgets, distances, args.n_problems)
+    head, rows = recall_rows(records)
+    print(f"right (nats per password), {args.n_problems} questions per distance", file=sys.stderr if args.json else sys.stdout)
+    for row in (head, *rows):
+        print("  " + "".join(f"{cell:16}" for cell in row).rstrip(), file=sys.stderr if args.json else sys.stdout)
+    return records
 
 
 def on_tasks(args: argparse.Namespace, names: list[str]) -> dict:

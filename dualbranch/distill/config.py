@@ -146,7 +146,7 @@ class EvaluationConfig:
 
     `routing_shares`: shares of slow tokens at which routing policies are compared; the default budget is added. `text_tokens`: held-out text of
     each kind whose perplexity is measured, in windows of `text_window` tokens; `text`: more files for that, `wikitext`: such whose WikiText
-    token spacing is undone first.
+    token spacing is undone first. `n_recall`: questions per distance of recall over that text (recall.py).
     """
 
     n_problems: int = 60
@@ -158,6 +158,7 @@ class EvaluationConfig:
     wikitext: tuple[str, ...] = ()
     text_tokens: int = 32_768
     text_window: int = 1024
+    n_recall: int = 0
     max_tokens: int = 448
     batch_size: int = 128
     dense_baseline: bool = True
