@@ -29,7 +29,8 @@ class DataConfig:
     """What a batch holds. Shares are of documents.
 
     `tasks`: names of the generator's tasks, empty = all; one named twice comes twice as often. `text`: the user's own files or folders (plain
-    text, or conversations in JSONL); `corpora`: text known by name (data/corpora.py); with `text_share` 1 there is nothing else.
+    text, or conversations in JSONL); `corpora`: text known by name (data/corpora.py); `self_text`: so many tokens that the teacher writes itself
+    (distill/self_text.py); with `text_share` 1 there is nothing else.
     `reasoning_gym`: names of that package's data sets, `reasoning_gym_size` problems of each, answered without reasoning.
     `levels_start`, `levels_end`: weights of easy, medium, hard, moved linearly over the first `curriculum` share of the teacher's
     training. `thinking`: share of problems answered with their reasoning. `multi_turn`: share of documents with two to three problems.
@@ -42,6 +43,7 @@ class DataConfig:
     tasks: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
     corpora: tuple[str, ...] = ()
+    self_text: int = 0
     text_share: float = 0.0
     reasoning_gym: tuple[str, ...] = ()
     reasoning_gym_size: int = 2000

@@ -20,6 +20,7 @@ from dualbranch.config import DualBranchConfig
 from dualbranch.distill import dist, stages
 from dualbranch.distill.config import RunConfig, slow_sizes
 from dualbranch.distill.cut import init_from_teacher
+from dualbranch.distill.self_text import with_self_text
 from dualbranch.distill.trainer import MetricsLog
 from dualbranch.evaluate import run_evaluation
 from dualbranch.model import DualBranchModel
@@ -47,6 +48,7 @@ def run(config: RunConfig, resume: bool = False) -> Path:
     teacher, tok = make_teacher(config, folder, log, device)
     if config.until == "teacher":
         return folder
+    config = with_self_text(config, folder, teacher, tok)
     model_config = dataclasses.replace(config.model, vocab_size=teacher.config.vocab_size)
     student = make_student(config, model_config, folder / "student", "student", teacher, tok, log)
     dense = None
