@@ -265,3 +265,16 @@ def test_a_config_of_a_public_teacher_is_complete(public, tmp_path):
     (tmp_path / "c.yaml").write_text(f"teacher: {{checkpoint: {public}}}\nmodel: {{fast_n_heads: 3}}\n")
     config = load_run(tmp_path / "c.yaml")
     assert (config.model.d_model, config.model.fast_n_heads, config.model.n_stem) == (48, 3, 1)
+
+
+def test_a_pruned_model_heals_by_the_same_distillation(public, text_file, tmp_path, capsys):
+    assert cli(["prune", str(public), "--share", "0.6", "--text", str(text_file), "--rows", "4", "--seq-len", "64", "--out", str(tmp_path / "pruned")]) == 0
+    settings = [s for s in SETTINGS if not s.startswith("model.")] + ["student.steps=8", "student.optim.lr=0.01", "student.optim.lr_other=0.01"]
+    run = ["convert", str(public), "--student", str(tmp_path / "pruned"), "--text", str(text_file), "--out", str(tmp_path / "run")]
+    assert cli([*run, *(x for s in settings for x in ("--set", s))]) == 0
+    found, before = load(tmp_path / "run").model, load(tmp_path / "pruned").model
+    assert found.config == before.config and found.config.is_dense and not (tmp_path / "run" / "gate").exists()
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"student"' in line]
+    assert losses[-1] < losses[0], f"KL to the original went from {losses[0]:.3f} to {losses[-1]:.3f}"
+    assert "## Text" in (tmp_path / "run" / "report.md").read_text()
+    assert cli([*run, "--set", "student.freeze_slow=true"]) == 2 and "freeze_slow: false" in capsys.readouterr().err

@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fast-ff", type=int, metavar="N", help="feed-forward neurons of the fast branch (default: a third of the model's)")
     parser.add_argument("--steps", type=int, metavar="N", help=f"healing steps (default: {CONVERSION['student']['steps']})")
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="your own text (.txt, .jsonl, folders) instead of the Wikipedia articles")
+    what = "give nothing a fast branch: distil MODEL into this smaller model instead (one of `dualbranch prune`), whole"
+    parser.add_argument("--student", metavar="FOLDER", help=what)
     parser.add_argument("--out", metavar="FOLDER", help="the run's folder (default: runs/NAME)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of a run, e.g. --set data.batch_rows=4")
     parser.add_argument("--resume", action="store_true", help="continue the run in that folder; starts it if there is none")
@@ -57,9 +59,13 @@ def config_of(args: argparse.Namespace):
 
     name = Path(args.model).name.removesuffix(".gguf")
     out = Path(args.out) if args.out else Path("runs") / re.sub(r"[^\w.-]", "-", name)
-    model = to_dict(branch_for(config_of_checkpoint(args.model)))
+    if args.student and (args.fast_heads or args.fast_ff):
+        raise ValueError("--student is a model with sizes of its own; leave --fast-heads and --fast-ff out")
+    model = {} if args.student else to_dict(branch_for(config_of_checkpoint(args.model)))
     model |= {name: value for name, value in (("fast_n_heads", args.fast_heads), ("fast_d_ff", args.fast_ff)) if value is not None}
     values = CONVERSION | {"name": out.name, "out": str(out.parent), "teacher": {"checkpoint": args.model}, "model": model}
+    if args.student:
+        values["student"] = values["student"] | {"checkpoint": args.student, "init": "smaller", "freeze_slow": False, "routes": [0.0, 0.0, 1.0]}
     if args.text:
         values["data"] = values["data"] | {"corpora": [], "text": args.text}
     if args.steps is not None:

@@ -103,7 +103,8 @@ class TeacherConfig:
 @dataclass(frozen=True)
 class StudentConfig:
     """`init`: "teacher" (slow branch = teacher, fast branch from its most important heads and neurons), "scratch" (nothing is
-    copied), "smaller" (fewer heads, neurons or layers of the teacher, of equal d_model; both branches).
+    copied), "smaller" (fewer heads, neurons or layers of the teacher, of equal d_model; both branches). `checkpoint` names a model to start from
+    instead, of whatever sizes and the teacher's vocabulary, conventional ones too (a pruned one: `dualbranch prune`); its sizes are the student's.
 
     `freeze_slow` keeps the slow branch bit for bit. `routes`: shares of all-fast, mixed and all-slow batches. Loss weights: `soft` KL to
     the teacher at `temperature`, `hard` cross-entropy, `align` distance of the fast stream to the slow one.
@@ -112,6 +113,7 @@ class StudentConfig:
     """
 
     init: Literal["teacher", "scratch", "smaller"] = "teacher"
+    checkpoint: str | None = None
     freeze_slow: bool = True
     steps: int = 300
     routes: tuple[float, float, float] = (0.6, 0.4, 0.0)
@@ -197,6 +199,8 @@ class RunConfig:
         if self.data.batch_rows % self.teacher.optim.micro_batches or self.data.batch_rows % self.student.optim.micro_batches:
             raise ValueError(f"data.batch_rows ({self.data.batch_rows}) must be a multiple of every optim.micro_batches")
         s = self.student
+        if s.checkpoint and (s.init != "smaller" or s.freeze_slow):
+            raise ValueError("student.checkpoint is a smaller model than the teacher, trained whole: set student.init: smaller and student.freeze_slow: false")
         if s.init == "teacher" and s.freeze_slow and s.routes[2] > 0:
             raise ValueError(f"student.routes sends {s.routes[2]} of the batches all-slow, which trains nothing while freeze_slow is set; make it 0")
         if s.cache_logits and (not s.distinct_batches or s.temperature != 1.0 or s.align):
@@ -211,11 +215,13 @@ def load_run(path: str | os.PathLike, overrides: Sequence[str] = ()) -> RunConfi
 
 
 def complete_from_teacher(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` of a RunConfig with a whole `model`, where a student is cut out of a checkpoint. Raises ConfigError for one that contradicts it."""
+    """`values` of a RunConfig with a whole `model`, where a student comes out of a checkpoint. Raises ConfigError for one that contradicts it."""
     teacher, student, given = (values.get(name) or {} for name in ("teacher", "student", "model"))
     if not all(isinstance(part, dict) for part in (teacher, student, given)):
         return values  # the schema says what is wrong
     checkpoint = teacher.get("checkpoint")
+    if isinstance(student.get("checkpoint"), str):
+        return values | {"model": to_dict(config_of_checkpoint(student["checkpoint"])) | given}
     if not isinstance(checkpoint, str) or student.get("init", "teacher") != "teacher" or all(f in given for f in to_dict(DualBranchConfig())):
         return values
     found = config_of_checkpoint(checkpoint)

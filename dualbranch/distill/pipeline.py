@@ -52,7 +52,7 @@ def run(config: RunConfig, resume: bool = False) -> Path:
     model_config = dataclasses.replace(config.model, vocab_size=teacher.config.vocab_size)
     student = make_student(config, model_config, folder / "student", "student", teacher, tok, log)
     dense = None
-    if config.evaluation.dense_baseline:
+    if config.evaluation.dense_baseline and not model_config.is_dense:
         dense = make_student(config, dense_of_equal_cost(model_config, config.gate.default_budget), folder / "dense", "dense", teacher, tok, log)
     student = make_gate(config, student, folder / "gate", tok, log)
     dist.finish()  # what is left is for one process, and takes longer than the others would wait
@@ -147,6 +147,8 @@ def make_student(
         if config.student.init == "teacher" and not model_config.is_dense and slow_sizes(model_config) != slow_sizes(teacher.config):
             different = differences(to_dict(slow_sizes(teacher.config)), to_dict(slow_sizes(model_config)), "model.")
             raise ValueError(f"student.init is 'teacher' but the sizes differ ({'; '.join(different)}); match them, or set student.init: smaller")
+        if name == "student" and config.student.checkpoint is not None:
+            return stages.train_student(config, tok, teacher, starting_point(config, teacher), folder, log, name)
         student = DualBranchModel(model_config)
         student.init_weights(config.seed + 1)
         student.to(teacher.device)
@@ -158,8 +160,21 @@ def make_student(
     return stage(folder, tok, teacher.device, make)
 
 
+def starting_point(config: RunConfig, teacher: DualBranchModel) -> DualBranchModel:
+    """The model of `student.checkpoint`. Raises ValueError where it isn't what the config says, or predicts other tokens than the teacher."""
+    student = load(config.student.checkpoint, device=teacher.device, dtype=torch.float32).model
+    if student.config != config.model:
+        different = differences(to_dict(config.model), to_dict(student.config), "model.")
+        raise ValueError(f"student.checkpoint {config.student.checkpoint} has other sizes than the config ({'; '.join(different)}); leave model out")
+    if student.config.vocab_size != teacher.config.vocab_size:
+        raise ValueError(f"student.checkpoint has {student.config.vocab_size} tokens and the teacher {teacher.config.vocab_size}; they must share a vocabulary")
+    return student.train()
+
+
 def make_gate(config: RunConfig, student: DualBranchModel, folder: Path, tok: Tokenizer, log: MetricsLog) -> DualBranchModel:
-    """The student with its gate trained and calibrated."""
+    """The student with its gate trained and calibrated; a conventional one has none."""
+    if student.config.is_dense:
+        return student
 
     def make() -> DualBranchModel:
         log.rewind("gate", 0)
