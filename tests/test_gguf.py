@@ -139,12 +139,12 @@ def test_counts_beyond_reason_are_refused_before_anything_is_built(tmp_path):
         assert time.process_time() - begin < 1
 
 
-def test_300_mutated_headers_end_in_a_typed_error_or_a_model_within_a_second(tmp_path):
+def test_500_mutated_headers_end_in_a_typed_error_or_a_model_within_a_second(tmp_path):
     write_gguf(tmp_path / "m.gguf")
     data = (tmp_path / "m.gguf").read_bytes()
     end = data.index(b"blk.1.ffn_norm.weight") + 60  # the header: what lies behind is numbers
     rng, refused = random.Random(0), 0
-    for n in range(300):
+    for n in range(500):
         content = bytearray(data)
         for _ in range(rng.choice([1, 1, 3, 8])):
             at = rng.randrange(4, end)
@@ -161,7 +161,7 @@ def test_300_mutated_headers_end_in_a_typed_error_or_a_model_within_a_second(tmp
             refused += 1
             assert "x.gguf" in str(error)
         assert time.process_time() - begin < 1, n
-    assert refused > 30
+    assert refused > 50
 
 
 def test_a_tensor_with_nan_is_refused_when_it_is_read(tmp_path):
