@@ -7,6 +7,7 @@ round. From there it is text like the user's own (data/text.py): split by docume
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from dataclasses import replace
@@ -18,6 +19,7 @@ from rich.console import Console
 from dualbranch.checkpoint import write_text
 from dualbranch.distill import dist
 from dualbranch.distill.config import RunConfig
+from dualbranch.layers import has_bf16_units
 from dualbranch.model import DualBranchModel
 from dualbranch.sampling import draw
 from dualbranch.tokenizer import TokenizerBase
@@ -37,9 +39,10 @@ def with_self_text(config: RunConfig, folder: Path, teacher: DualBranchModel, to
     target, per_round = folder / "self_text", N_ROWS * config.data.seq_len
     if dist.rank() == 0:
         console, n_rounds, started = Console(stderr=True), -(-config.data.self_text // per_round), time.perf_counter()
+        writer = copy.deepcopy(teacher).bfloat16() if has_bf16_units(teacher.device) else teacher  # 2.7 times as fast there
         todo = [i for i in range(n_rounds) if not (target / f"{i:05d}.jsonl").exists()]
         for done, i in enumerate(todo, start=1):
-            documents = sample_documents(teacher, tok, N_ROWS, config.data.seq_len, seed=config.seed * 1_000_003 + i)
+            documents = sample_documents(writer, tok, N_ROWS, config.data.seq_len, seed=config.seed * 1_000_003 + i)
             write_text(target / f"{i:05d}.jsonl", "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents))
             rate = done * per_round / (time.perf_counter() - started)
             left = (len(todo) - done) * per_round / rate
