@@ -130,8 +130,8 @@ class PackedMatrix(nn.Module):
         self.register_buffer("scales", {4: torch.zeros(N // LANES, K // GROUP, LANES), 8: torch.zeros(N)}.get(bits))
 
     @torch.no_grad()
-    def pack(self, weight: Tensor) -> None:
-        """Takes the values of `weight (N, K)`, rounded. Mutates the matrix."""
+    def pack(self, weight: Tensor, groups: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] = quantize_groups) -> None:
+        """Takes the values of `weight (N, K)`, rounded (at 4 bits by `groups`). Mutates the matrix."""
         N, K = self.words.shape[0] * LANES, self.words.shape[1] * 32 // self.bits
         weight = F.pad(weight.float(), (0, K - weight.shape[1], 0, N - weight.shape[0]))
         if self.bits == 16:
@@ -140,7 +140,7 @@ class PackedMatrix(nn.Module):
             q, self.scales = quantize_rows(weight)
             words = interleave(q, 8)
         else:
-            q, scale, low = quantize_groups(weight)
+            q, scale, low = groups(weight)
             words = interleave(q - 8, 4)
             self.scales = join_halves(low, scale).view(-1, LANES, K // GROUP).transpose(1, 2).contiguous().view(torch.float32)
         self.words = words.contiguous().view(torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from dualbranch.checkpoint import CheckpointError, _sha256, save_checkpoint
 from dualbranch.cli import main as cli
 from dualbranch.convert import delta, names
 from dualbranch.convert.export import slow_model
-from dualbranch.distill.config import RunConfig, TeacherConfig
-from dualbranch.precision import quantize
+from dualbranch.convert.rounding import round_groups
+from dualbranch.distill.config import RunConfig, StudentConfig, TeacherConfig
+from dualbranch.packed import PackedMatrix
 from dualbranch.schema import from_dict, save_yaml
 
 
@@ -28,7 +30,7 @@ def converted(tiny, tmp_path_factory) -> tuple[DualBranchModel, Path, Path]:
     model = make_tiny_model(tok.vocab_size, d_model=64, head_dim=16, d_ff=96, fast_d_ff=48)
     save_checkpoint(folder / "base", slow_model(model), tok)
     save_checkpoint(folder / "run" / "gate", model, tok)
-    save_yaml(folder / "run" / "config.yaml", RunConfig(model=model.config, teacher=TeacherConfig(checkpoint=str(folder / "base"))))
+    save_yaml(folder / "run" / "config.yaml", RunConfig(model=model.config, teacher=TeacherConfig(str(folder / "base")), student=StudentConfig(refit_rows=8)))
     assert cli(["export", str(folder / "run"), "--to", "delta", "--out", str(folder / "delta")]) == 0
     return model, folder / "base", folder / "delta"
 
@@ -58,17 +60,31 @@ def logits(model: DualBranchModel, route: str, **kwargs) -> torch.Tensor:
         return model(tokens, route, **kwargs).logits
 
 
-def test_a_delta_leaves_its_base_as_it_is_and_adds_the_fast_branch_as_rounded(converted):
+def test_a_delta_leaves_its_base_as_it_is_and_adds_the_rest(converted):
     model, base, folder = converted
     found = load(folder)
     assert torch.equal(logits(found.model, "slow"), logits(load(base).model, "slow"))
-    whole = DualBranchModel(model.config)
-    whole.load_state_dict(model.state_dict())
-    expected = quantize(whole, "fast=int4").eval()
-    assert torch.allclose(logits(found.model, "fast"), logits(expected, "fast"), atol=1e-5)
-    assert not torch.equal(logits(found.model, "fast"), logits(found.model, "slow"))
+    exact, rounded = logits(model, "fast"), logits(found.model, "fast")
+    error = float((rounded - exact).pow(2).mean() / exact.var())
+    assert 0 < error < 0.05, f"rounding moved the fast branch's logits by {error:.3f} of their variance"
     assert found.model.calibration == model.calibration and found.model.precision == "fp32" and found.tokenizer.hash == load(base).tokenizer.hash
-    assert torch.allclose(logits(found.model, "auto", budget=0.5), logits(expected, "auto", threshold=model.calibration.threshold(0.5)), atol=1e-5)
+    tokens = torch.arange(10, 60)[None]
+    with torch.no_grad():
+        assert torch.equal(found.model(tokens, "auto", threshold=0.5).g, model(tokens, "auto", threshold=0.5).g), "the gate reads the stem, which is the base's"
+
+
+def test_rounding_that_answers_for_its_errors_beats_the_nearest_on_what_a_matrix_sees():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 20, generator=generator) @ torch.randn(20, 70, generator=generator) + 0.1 * torch.randn(512, 70, generator=generator)
+    weight = torch.randn(48, 70, generator=generator)
+    nearest, answering = PackedMatrix(48, 70, 4), PackedMatrix(48, 70, 4)
+    nearest.pack(weight)
+    answering.pack(weight, partial(round_groups, gram=x.T @ x))
+    errors = [float((x @ m.transposed() - x @ weight.T).pow(2).mean()) for m in (nearest, answering)]
+    assert errors[1] < 0.3 * errors[0], f"mean squared error {errors[0]:.4f} to the nearest, {errors[1]:.4f} with errors in view"
+    exact = PackedMatrix(48, 70, 4)
+    exact.pack(nearest.transposed().T, partial(round_groups, gram=x.T @ x))
+    assert torch.allclose(exact.transposed(), nearest.transposed(), atol=1e-2), "what lies on the grid stays"
 
 
 def test_a_delta_holds_nothing_of_the_base_and_few_bits_of_the_rest(converted):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dualbranch.checkpoint import LoadedModel, load
 from dualbranch.cli import add_model
+from dualbranch.data.packing import Rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,28 +36,31 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{args.evaluation}: a {type(evaluation).__name__}, needed a JSON object: what was measured -> number or text")
     found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms)
     known = PIP_MODELS.get(args.model)
-    base, default = None, ("slow", "float32")
+    base, rows, default = None, None, ("slow", "float32")
     if args.to == "delta":
-        base, default = base_of(found), ("dual", "int4")
-        known = PIP_MODELS.get(base[0])
+        base, rows = base_of(found)
+        known, default = PIP_MODELS.get(base[0]), ("dual", "int4")
     sizes = export(
         found.model, found.tokenizer, args.out, args.branch or default[0], args.to, args.dtype or default[1],
         family=text_config(found.extra["hf_config"]).get("model_type") if "hf_config" in found.extra else None,
         name=args.name, licence=args.licence or (known.licence if known else None), made=f"From `{args.model}`.", evaluation=evaluation, extra=found.extra,
-        base=base,
+        base=base, rows=rows,
     )  # fmt: skip
     what = f"{sizes['branch']} branch as {sizes['to']}" + (f" of the family {sizes['family']}" if sizes["family"] else "")
     print(f"{sizes['folder']}: {what}, {sizes['dtype']}; {sizes['params']:,} parameters, {sizes['bytes'] / 1e6:,.1f} MB")
     return 0
 
 
-def base_of(found: LoadedModel) -> tuple[str, LoadedModel]:
-    """The model that a run converted, and its name, out of the run's config. Raises ValueError where there is none."""
+def base_of(found: LoadedModel) -> tuple[tuple[str, LoadedModel], Rows]:
+    """The model that a run converted with its name, and the text that calibrated it, out of the run's config. Raises ValueError where there is none."""
+    from dualbranch.distill import self_text, stages
     from dualbranch.distill.config import RunConfig
     from dualbranch.schema import load_yaml
 
-    config = found.folder.parent / "config.yaml"
-    name = load_yaml(config, RunConfig).teacher.checkpoint if config.is_file() else None
-    if name is None:
+    run = found.folder.parent
+    config = load_yaml(run / "config.yaml", RunConfig) if (run / "config.yaml").is_file() else None
+    if config is None or config.teacher.checkpoint is None:
         raise ValueError(f"{found.folder}: a delta is made of a run that converted a checkpoint (teacher.checkpoint in its config.yaml)")
-    return name, load(name, dtype="float32", dense=True)
+    base = load(config.teacher.checkpoint, dtype="float32", dense=True)
+    config = self_text.with_self_text(config, run, base.model, base.tokenizer)
+    return (config.teacher.checkpoint, base), stages.source(config, base.tokenizer, purpose=4).batch(0, n_rows=config.student.refit_rows)

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ import torch
 from dualbranch import checkpoint
 from dualbranch.checkpoint import CheckpointError, LoadedModel
 from dualbranch.config import DualBranchConfig
+from dualbranch.convert.rounding import input_grams, round_groups
+from dualbranch.data.packing import Rows
 from dualbranch.distill.config import slow_sizes
 from dualbranch.gate import Calibration
 from dualbranch.model import DualBranchModel
@@ -56,8 +59,12 @@ def weights_hash(path: Path) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def save_delta(folder: Path, model: DualBranchModel, base_name: str, base: LoadedModel, precision: str, extra: Mapping[str, Any] | None = None) -> None:
+def save_delta(
+    folder: Path, model: DualBranchModel, base_name: str, base: LoadedModel, precision: str, extra: Mapping[str, Any] | None = None, rows: Rows | None = None
+) -> None:
     """Writes what `model` has beyond `base`, which `load(base_name, dense=True)` gives, into the new folder `folder`.
+
+    `rows`: calibration text on which 4-bit matrices are rounded with their errors in view (`rounding.py`), not each weight to the nearest.
 
     Raises ValueError: a model without a fast branch, one whose slow branch isn't the base, an unknown precision.
     """
@@ -74,6 +81,9 @@ def save_delta(folder: Path, model: DualBranchModel, base_name: str, base: Loade
     part = DualBranchModel.without_weights(model.config)
     part.load_state_dict(ours, assign=True)
     quantize(part, f"fast={precision}")
+    if rows is not None and precision == "int4":
+        for name, gram in input_grams(model, rows).items():
+            part.get_submodule(name).matrix.pack(ours[f"{name}.weight"], partial(round_groups, gram=gram))
     folder.mkdir(parents=True)
     checkpoint.write_text(folder / "config.json", json.dumps(to_dict(model.config), indent=1) + "\n")
     checkpoint.save_tensors(folder / WEIGHTS, {name: x for name, x in part.state_dict().items() if name not in theirs}, {"format": "pt"})

@@ -30,6 +30,7 @@ from dualbranch.checkpoint import _DTYPES, LoadedModel, _check_vocab, save_check
 from dualbranch.config import DualBranchConfig
 from dualbranch.convert import delta, families, gguf_writer
 from dualbranch.convert.huggingface import WEIGHTS
+from dualbranch.data.packing import Rows
 from dualbranch.model import DualBranchModel
 from dualbranch.tokenizer import TokenizerBase
 from dualbranch.tokenizer_hf import hf_files
@@ -54,6 +55,7 @@ def export(
     evaluation: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
     base: tuple[str, LoadedModel] | None = None,
+    rows: Rows | None = None,
 ) -> dict[str, Any]:
     """Writes a branch of `model`, or all of it, into the new folder `folder`, with a model card (README.md), and returns its sizes.
 
@@ -61,7 +63,8 @@ def export(
     prefer, where several can say what the model does (`load(...).extra["hf_config"]["model_type"]` of an imported one). `name` (default: the folder's),
     `licence`, `made` (how it was made, one paragraph) and `evaluation` (what was measured -> number or text) go into the card as they are; what isn't given
     is said to be unknown. `extra`: kept in our own checkpoint's manifest. `base`: of a delta, the name of the model that was converted and what `load` gives
-    for it. The result: `params`, `files` (name -> bytes), `bytes`, `params_read` and `flops` per token, `family`, `dtype`, `folder`.
+    for it, `rows` calibration text for its rounding. The result: `params`, `files` (name -> bytes), `bytes`, `params_read` and `flops` per token, `family`,
+    `dtype`, `folder`.
 
     All or nothing: written beside `folder` and renamed. Raises ValueError: an unknown branch, format or dtype, a folder that holds something already, a
     branch the model doesn't have or the format can't hold (naming the field), weights that aren't finite in `dtype`.
@@ -87,7 +90,7 @@ def export(
             save_checkpoint(temporary, part, tokenizer, dict(extra or {}), dtype)
         elif to == "delta":
             part = model
-            delta.save_delta(temporary, model, *base, dtype, extra)
+            delta.save_delta(temporary, model, *base, dtype, extra, rows)
         else:
             part = dense_model(model, branch)
             hf_config = families.hf_config_of(part.config, family)
