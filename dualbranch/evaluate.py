@@ -45,7 +45,7 @@ def draw_problems(config: RunConfig, tasks: Sequence[str] = (), split: str = "te
     over levels and languages. With `shift`, `n_shifted` of each task that knows it. No prompt twice as long as the split has others.
     """
     n = config.evaluation.n_problems if shift is None else config.evaluation.n_shifted
-    cells = [(level, lang) for level in LEVELS for lang in LANGS]
+    cells = [(level, lang) for level in LEVELS for lang in config.data.langs or LANGS]
     problems = []
     for task in tasks or config.data.tasks or TASKS:
         if shift is not None and shift not in TASKS[task].shifts:

@@ -28,9 +28,10 @@ class TokenizerConfig:
 class DataConfig:
     """What a batch holds. Shares are of documents.
 
-    `tasks`: names of the generator's tasks, empty = all; one named twice comes twice as often. `text`: the user's own files or folders (plain
-    text, or conversations in JSONL); `corpora`: text known by name (data/corpora.py); `self_text`: so many tokens that the teacher writes itself
-    (distill/self_text.py); with `text_share` 1 there is nothing else.
+    `tasks`: names of the generator's tasks, empty = all; one named twice comes twice as often. `langs`: languages of problems, empty = all.
+    `text`: the user's own files or folders (plain text, or conversations in JSONL); `corpora`: text known by name (data/corpora.py); `self_text`: so
+    many tokens that the teacher writes itself (distill/self_text.py); with `text_share` 1 there is nothing else.
+    `solutions`: conversations in JSONL that take the place of the generator's problems with reasoning.
     `reasoning_gym`: names of that package's data sets, `reasoning_gym_size` problems of each, answered without reasoning.
     `levels_start`, `levels_end`: weights of easy, medium, hard, moved linearly over the first `curriculum` share of the teacher's
     training. `thinking`: share of problems answered with their reasoning. `multi_turn`: share of documents with two to three problems.
@@ -41,10 +42,12 @@ class DataConfig:
     seq_len: int = 256
     batch_rows: int = 32
     tasks: tuple[str, ...] = ()
+    langs: tuple[Literal["en", "zh"], ...] = ()
     text: tuple[str, ...] = ()
     corpora: tuple[str, ...] = ()
     self_text: int = 0
     text_share: float = 0.0
+    solutions: tuple[str, ...] = ()
     reasoning_gym: tuple[str, ...] = ()
     reasoning_gym_size: int = 2000
     reasoning_gym_share: float = 0.0
@@ -86,7 +89,9 @@ class TeacherConfig:
     student's slow branch, and `model` need only name what is new (`BRANCH_SETTINGS`; if none of them, `branch_for` chooses).
 
     Otherwise a dense decoder with the sizes of `model` is trained for `steps`, from the weights and with the tokenizer of the checkpoint
-    `init` if there is one.
+    `init` if there is one. A public model without a thinking mode is given one so: two unused control tokens become <think> and </think>.
+    `n_solutions` > 0: the finished teacher then solves that many new training problems, and the student learns from the solutions that are right
+    (self_training.py) instead of the generator's; `verify: false`, a control, keeps the wrong ones too.
 
     After a share `1 - decide` of the steps the teacher answers `n_assess` training problems without reasoning; the rest of the steps
     also teach it to decide: `<think>` where its direct answer was wrong.
@@ -97,6 +102,8 @@ class TeacherConfig:
     steps: int = 1000
     decide: float = 0.25
     n_assess: int = 4096
+    n_solutions: int = 0
+    verify: bool = True
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
@@ -220,6 +227,8 @@ def complete_from_teacher(values: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(part, dict) for part in (teacher, student, given)):
         return values  # the schema says what is wrong
     checkpoint = teacher.get("checkpoint")
+    if checkpoint is None and "d_model" not in given:
+        checkpoint = teacher.get("init")
     if isinstance(student.get("checkpoint"), str):
         return values | {"model": to_dict(config_of_checkpoint(student["checkpoint"])) | given}
     if not isinstance(checkpoint, str) or student.get("init", "teacher") != "teacher" or all(f in given for f in to_dict(DualBranchConfig())):

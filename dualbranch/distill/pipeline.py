@@ -21,12 +21,14 @@ from dualbranch.distill import dist, stages
 from dualbranch.distill.config import RunConfig, slow_sizes
 from dualbranch.distill.cut import init_from_teacher
 from dualbranch.distill.self_text import with_self_text
+from dualbranch.distill.self_training import with_solutions
 from dualbranch.distill.trainer import MetricsLog
 from dualbranch.evaluate import run_evaluation
 from dualbranch.model import DualBranchModel
 from dualbranch.report import write_report
 from dualbranch.schema import load_yaml, save_yaml, to_dict
 from dualbranch.tokenizer import Tokenizer
+from dualbranch.tokenizer_hf import with_thinking
 
 
 class RunExists(ValueError):
@@ -48,7 +50,7 @@ def run(config: RunConfig, resume: bool = False) -> Path:
     teacher, tok = make_teacher(config, folder, log, device)
     if config.until == "teacher":
         return folder
-    config = with_self_text(config, folder, teacher, tok)
+    config = with_solutions(with_self_text(config, folder, teacher, tok), folder, teacher, tok, log)
     model_config = dataclasses.replace(config.model, vocab_size=teacher.config.vocab_size)
     student = make_student(config, model_config, folder / "student", "student", teacher, tok, log)
     dense = None
@@ -126,14 +128,16 @@ def make_teacher(config: RunConfig, folder: Path, log: MetricsLog, device: torch
     if config.teacher.checkpoint is not None:
         loaded = load(config.teacher.checkpoint, device=device, dtype=torch.float32, dense=True)
         return loaded.model, loaded.tokenizer
-    path = folder / "tokenizer.model"
-    if not path.exists() and dist.rank() == 0:
-        if config.teacher.init is None:
+    if config.teacher.init is None:
+        path = folder / "tokenizer.model"
+        if not path.exists() and dist.rank() == 0:
             stages.train_tokenizer(config, path)
-        else:
-            load(config.teacher.init).tokenizer.save(path)
-    dist.barrier()
-    tok = Tokenizer.load(path)
+        dist.barrier()
+        tok = Tokenizer.load(path)
+    else:
+        tok = load(config.teacher.init, dense=True).tokenizer
+        if config.data.has_problems and not tok.thinks:
+            tok = with_thinking(tok)
     sized = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tok.vocab_size))
     return stage(folder / "teacher", tok, device, lambda: stages.train_teacher(sized, tok, folder / "teacher", log, device)), tok
 

@@ -46,7 +46,7 @@ class BatchSource:
         if unknown:
             raise ValueError(f"data.tasks names unknown tasks {unknown}; there are {sorted(TASKS)}")
         self.config, self.tok, self.seed, self.align, self.split = config, tok, seed, align, split
-        self.tasks = list(config.tasks) or list(TASKS)
+        self.tasks, self.langs = list(config.tasks) or list(TASKS), config.langs or LANGS
         self.needs_thinking: Sequence[bool] = ()
         if bool(config.text or config.corpora) != (config.text_share > 0):
             given = f"data.text is {list(config.text)}, data.corpora {list(config.corpora)}"
@@ -56,6 +56,8 @@ class BatchSource:
         gym = (p for name in config.reasoning_gym for p in reasoning_gym_problems(name, config.reasoning_gym_size))
         self.gym = [render_conversation(tok, [p], [False]) for p in gym if split_of(p.key) == split]
         self.documents = text_documents(tok, config.text, config.corpora, split, config.seq_len) if config.text_share else []
+        solutions = load_examples(tok, config.solutions, "train", config.seq_len) if config.solutions and split == "train" else ()
+        self.solutions = [s for s in solutions if len(s[0]) <= config.seq_len]
         if not config.has_problems and not self.documents:
             raise ValueError(f"no document falls into the text's {split} split (by its hash); add more text, or set data.text_share below 1")
 
@@ -65,12 +67,12 @@ class BatchSource:
         done = min(1.0, progress / c.curriculum) if c.curriculum else 1.0
         weights = [a + (b - a) * done for a, b in zip(c.levels_start, c.levels_end, strict=True)]
         level = rng.choices(LEVELS, weights)[0]
-        return sample_problem(rng, rng.choice(self.tasks), level, rng.choice(LANGS), self.split)
+        return sample_problem(rng, rng.choice(self.tasks), level, rng.choice(self.langs), self.split)
 
     def assessed_problem(self, i: int) -> Problem:
         """The i-th problem the teacher assesses itself on: always the same, always from the training split."""
         rng = random.Random(f"assess:{self.seed}:{i}")
-        return sample_problem(rng, self.tasks[i % len(self.tasks)], rng.choice(LEVELS), rng.choice(LANGS), "train")
+        return sample_problem(rng, self.tasks[i % len(self.tasks)], rng.choice(LEVELS), rng.choice(self.langs), "train")
 
     def example(self, rng: random.Random, progress: float = 1.0) -> tuple[list[int], list[float]]:
         """One document: ids and the loss weight of predicting each."""
@@ -82,6 +84,10 @@ class BatchSource:
         if self.needs_thinking and rng.random() < 0.5:
             i = rng.randrange(len(self.needs_thinking))
             return render_conversation(self.tok, [self.assessed_problem(i)], [self.needs_thinking[i]], DECISION_WEIGHT, c.answer_weight)
+        if self.solutions:
+            if rng.random() < c.thinking:
+                return rng.choice(self.solutions)
+            return render_conversation(self.tok, [self.problem(rng, progress)], [False], answer_weight=c.answer_weight)
         n_turns = rng.choice((2, 3)) if rng.random() < c.multi_turn else 1
         problems = [self.problem(rng, progress) for _ in range(n_turns)]
         return render_conversation(self.tok, problems, [rng.random() < c.thinking for _ in problems], answer_weight=c.answer_weight)

@@ -60,10 +60,10 @@ def train_tokenizer(config: RunConfig, path: Path) -> Tokenizer:
     The generator's templates are cut at the words filled in, so that no piece joins a name with its surroundings: a model then copies a
     name as one token wherever it stands, instead of learning a table of pieces.
     """
-    rng, tasks = random.Random(f"tokenizer:{config.seed}"), list(config.data.tasks) or list(TASKS)
+    rng, tasks, langs = random.Random(f"tokenizer:{config.seed}"), list(config.data.tasks) or list(TASKS), config.data.langs or LANGS
     words = re.compile("((?<![A-Za-z])(?:" + "|".join(sorted(map(re.escape, known_words()), key=len, reverse=True)) + "))")
 
-    problems = (sample_problem(rng, tasks[i % len(tasks)], rng.choice(LEVELS), rng.choice(LANGS), "train") for i in range(config.tokenizer.n_problems))
+    problems = (sample_problem(rng, tasks[i % len(tasks)], rng.choice(LEVELS), rng.choice(langs), "train") for i in range(config.tokenizer.n_problems))
     texts = [part for p in problems for text in (p.prompt, p.trace, p.answer) for part in words.split(text)]
     counts = Counter(char for text in texts for char in text)
     made_up = str.maketrans({char: "\n" for char, n in counts.items() if n < config.tokenizer.n_problems / 1000})  # they stay bytes
@@ -89,7 +89,10 @@ def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log, dev
     if t.init is None:
         model.init_weights(config.seed)
     else:
-        model.load_state_dict(load(t.init, dtype=torch.float32).model.state_dict())
+        found = load(t.init, dtype=torch.float32, dense=True)
+        model.load_state_dict(found.model.state_dict())
+        if tok.thinks and not found.tokenizer.thinks:
+            start_tokens(model, [tok.control["<think>"], tok.control["</think>"]], config.seed)
     dist.shard(model.to(device))
     data = source(config, tok)
     first_decision = t.steps - round(t.steps * t.decide)
@@ -110,6 +113,14 @@ def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log, dev
 
     train(model, Loop("teacher", folder, t.steps, t.optim, config.save_every, batch, loss, log, config.precision))
     return snapshot(model)
+
+
+@torch.no_grad()
+def start_tokens(model: DualBranchModel, ids: list[int], seed: int) -> None:
+    """Gives tokens that a model never saw the mean embedding, and a little of their own to tell them apart. Mutates `model`."""
+    for table in {model.embed, model.head} - {None}:
+        noise = torch.randn(len(ids), table.weight.shape[1], generator=torch.Generator().manual_seed(seed))
+        table.weight[ids] = table.weight.mean(0) + 0.1 * table.weight.std(0) * noise
 
 
 def text_loss(model: DualBranchModel, rows: Rows) -> Tensor:

@@ -1,0 +1,130 @@
+"""A public model is taught to reason, and learns on from its own solutions: only right ones, only of training problems, sampled once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from public_models import write_gguf
+
+from dualbranch import load
+from dualbranch.checkpoint import load_checkpoint
+from dualbranch.data.problem import split_of, verify
+from dualbranch.distill import pipeline, self_training, stages
+from dualbranch.distill.config import RunConfig, load_run
+from dualbranch.tokenizer_hf import with_thinking
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = ["teacher.steps=2", "teacher.n_solutions=200", "student.steps=2", "student.refit_rows=4", "gate.rows=4", "gate.steps=3", "gate.calibration_rows=4",
+            "gate.n_problems=4", "data.seq_len=320", "data.text_share=0", "data.corpora=[]", "model.n_stem=1", "model.n_tail=0", "model.fast_n_heads=2",
+            "model.fast_d_ff=32", "model.d_gate=4", "precision=fp32", "save_every=2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory) -> Path:
+    """A random llama with SmolLM2's kind of tokenizer, which knows no thinking."""
+    path = tmp_path_factory.mktemp("public") / "model.gguf"
+    write_gguf(path, overrides={"context_length": 1024})
+    return path
+
+
+def config(public: Path, out: Path, *overrides: str) -> RunConfig:
+    return load_run(ROOT / "configs" / "smollm2-reason.yaml", [f"teacher.init={public}", f"out={out}", *SETTINGS, *overrides])
+
+
+def replies_right_every_other_time(model, tok, prompts, mode, params):
+    """Stands in for `generate_batch`; the problems are what `solve` was given last."""
+    problems = replies_right_every_other_time.problems
+    assert len(prompts) == len(problems) and mode.route == "slow" and mode.thinking == "on"
+    form = tok.control
+    return [
+        SimpleNamespace(answer=p.answer if i % 2 else "nonsense", reasoning=p.trace,
+                        ids=[form["<think>"], *tok.encode(p.trace), form["</think>"], *tok.encode(p.answer), form["<|im_end|>"]])
+        for i, p in enumerate(problems)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def half_right(monkeypatch):
+    solve = self_training.solve
+
+    def remembering(model, tok, problems, *args):
+        replies_right_every_other_time.problems = problems
+        calls.append(len(problems))
+        return solve(model, tok, problems, *args)
+
+    calls: list[int] = []
+    monkeypatch.setattr(self_training, "solve", remembering)
+    monkeypatch.setattr(self_training, "generate_batch", replies_right_every_other_time)
+    return calls
+
+
+def conversations(folder: Path) -> list[dict]:
+    return [json.loads(line) for path in sorted((folder / "solutions").glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def test_a_model_without_a_thinking_mode_gets_one_and_distils_from_its_own_right_solutions(public, tmp_path, half_right):
+    c = config(public, tmp_path)
+    folder = pipeline.open_run(c, False)
+    log = pipeline.MetricsLog(folder / "metrics.jsonl")
+    teacher, tok = pipeline.make_teacher(c, folder, log, torch.device("cpu"))
+    assert tok.thinks and not load(public).tokenizer.thinks
+    assert load_checkpoint(folder / "teacher")[1].thinks
+    c = self_training.with_solutions(c, folder, teacher, tok, log)
+    kept = conversations(folder)
+    assert half_right == [128, 72] and len(kept) == 100 and all(k["right"] for k in kept)
+    assert all("nonsense" not in k["messages"][1]["content"] for k in kept)
+    data = stages.source(c, tok, purpose=1)
+    documents = {tuple(ids) for ids, _ in data.solutions}
+    drawn = [data.example(random.Random(i)) for i in range(60)]
+    n_solutions = sum(tuple(ids) in documents for ids, _ in drawn)
+    assert 0.5 < n_solutions / 60 < 0.9  # data.thinking is 0.7
+    assert all(tok.control["<think>"] not in ids for ids, _ in drawn if tuple(ids) not in documents)
+    ids, weights = drawn[0] if tuple(drawn[0][0]) in documents else next(d for d in drawn if tuple(d[0]) in documents)
+    assert weights[ids.index(tok.control["<think>"]) + 1] == 1.0
+    sized = dataclasses.replace(c.model, vocab_size=tok.vocab_size)
+    student = pipeline.make_student(c, sized, folder / "student", "student", teacher, tok, log)
+    tokens = torch.tensor([ids])
+    torch.testing.assert_close(student(tokens).logits, teacher(tokens).logits)
+
+
+def test_the_control_keeps_wrong_solutions_too_and_a_teacher_that_solves_nothing_is_refused(public, tmp_path, half_right, monkeypatch):
+    c = config(public, tmp_path, "teacher.verify=false")
+    model, tok = load(public).model, with_thinking(load(public).tokenizer)
+    self_training.with_solutions(c, tmp_path, model, tok, lambda record: None)
+    assert len(conversations(tmp_path)) == 200
+    monkeypatch.setattr(self_training, "verify", lambda problem, answer: False)
+    with pytest.raises(ValueError, match=r"solved none of 200.*teacher\.steps"):
+        self_training.with_solutions(config(public, tmp_path), tmp_path / "none", model, tok, lambda record: None)
+
+
+def test_rounds_that_are_done_are_not_sampled_again(public, tmp_path, half_right):
+    c = config(public, tmp_path)
+    model, tok = load(public).model, with_thinking(load(public).tokenizer)
+    self_training.with_solutions(c, tmp_path, model, tok, lambda record: None)
+    before = conversations(tmp_path)
+    (tmp_path / "solutions" / "00001.jsonl").unlink()
+    half_right.clear()
+    self_training.with_solutions(c, tmp_path, model, tok, lambda record: None)
+    assert half_right == [72] and conversations(tmp_path) == before
+
+
+def test_problems_to_solve_are_new_english_and_of_the_training_split(public, tmp_path):
+    c, tok = config(public, tmp_path), with_thinking(load(public).tokenizer)
+    problems = [self_training.new_problem(c, tok, i) for i in range(300)]
+    assert all(split_of(p.key) == "train" and p.lang == "en" and p.task in c.data.tasks and verify(p, p.answer) for p in problems)
+    assert len({p.prompt for p in problems}) > 250
+
+
+def test_tokens_taught_to_think_start_near_the_mean_embedding_and_apart(public):
+    model = load(public).model
+    before = model.embed.weight.clone()
+    stages.start_tokens(model, [3, 4], seed=0)
+    changed = (model.embed.weight != before).any(1).nonzero().flatten().tolist()
+    assert changed == [3, 4] and not torch.equal(model.embed.weight[3], model.embed.weight[4])
+    assert (model.embed.weight[3] - before.mean(0)).norm() < 0.5 * before.std(0).norm()
