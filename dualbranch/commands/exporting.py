@@ -36,14 +36,14 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{args.evaluation}: a {type(evaluation).__name__}, needed a JSON object: what was measured -> number or text")
     found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms)
     known = PIP_MODELS.get(args.model)
-    base, rows, default = None, None, ("slow", "float32")
+    base, rows, default, made = None, None, ("slow", "float32"), f"From `{args.model}`."
     if args.to == "delta":
-        base, rows = base_of(found)
+        base, rows, made = base_of(found)
         known, default = PIP_MODELS.get(base[0]), ("dual", "int4")
     sizes = export(
         found.model, found.tokenizer, args.out, args.branch or default[0], args.to, args.dtype or default[1],
         family=text_config(found.extra["hf_config"]).get("model_type") if "hf_config" in found.extra else None,
-        name=args.name, licence=args.licence or (known.licence if known else None), made=f"From `{args.model}`.", evaluation=evaluation, extra=found.extra,
+        name=args.name, licence=args.licence or (known.licence if known else None), made=made, evaluation=evaluation, extra=found.extra,
         base=base, rows=rows,
     )  # fmt: skip
     what = f"{sizes['branch']} branch as {sizes['to']}" + (f" of the family {sizes['family']}" if sizes["family"] else "")
@@ -51,8 +51,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def base_of(found: LoadedModel) -> tuple[tuple[str, LoadedModel], Rows]:
-    """The model that a run converted with its name, and the text that calibrated it, out of the run's config. Raises ValueError where there is none."""
+def base_of(found: LoadedModel) -> tuple[tuple[str, LoadedModel], Rows, str]:
+    """Of a run that converted a model, out of its config: that model with its name, the text that calibrated it, and how it was made.
+
+    Raises ValueError where there is no such run.
+    """
+    from dualbranch.data.corpora import CORPORA
     from dualbranch.distill import self_text, stages
     from dualbranch.distill.config import RunConfig
     from dualbranch.schema import load_yaml
@@ -61,6 +65,12 @@ def base_of(found: LoadedModel) -> tuple[tuple[str, LoadedModel], Rows]:
     config = load_yaml(run / "config.yaml", RunConfig) if (run / "config.yaml").is_file() else None
     if config is None or config.teacher.checkpoint is None:
         raise ValueError(f"{found.folder}: a delta is made of a run that converted a checkpoint (teacher.checkpoint in its config.yaml)")
-    base = load(config.teacher.checkpoint, dtype="float32", dense=True)
+    name, base = config.teacher.checkpoint, load(config.teacher.checkpoint, dtype="float32", dense=True)
+    d, tokens = config.data, config.data.batch_rows * config.data.seq_len
+    texts = [CORPORA[corpus].file.licence for corpus in d.corpora] + ["the user's own text"] * bool(d.text) + [f"text sampled from {name}"] * bool(d.self_text)
+    made = (
+        f"`{name}`, frozen, is the slow branch. The fast branch was cut out of it by importance, refitted in closed form, and distilled from it for"
+        f" {config.student.steps:,} steps of {tokens:,} tokens on {'; '.join(texts) or 'generated problems'}."
+    )
     config = self_text.with_self_text(config, run, base.model, base.tokenizer)
-    return (config.teacher.checkpoint, base), stages.source(config, base.tokenizer, purpose=4).batch(0, n_rows=config.student.refit_rows)
+    return (name, base), stages.source(config, base.tokenizer, purpose=4).batch(0, n_rows=config.student.refit_rows), made
