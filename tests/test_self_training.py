@@ -114,11 +114,26 @@ def test_rounds_that_are_done_are_not_sampled_again(public, tmp_path, half_right
     assert half_right == [72] and conversations(tmp_path) == before
 
 
-def test_problems_to_solve_are_new_english_and_of_the_training_split(public, tmp_path):
-    c, tok = config(public, tmp_path), with_thinking(load(public).tokenizer)
-    problems = [self_training.new_problem(c, tok, i) for i in range(300)]
+def test_problems_to_solve_are_english_of_the_training_split_and_new_to_the_teacher(public, tmp_path):
+    c, tok = config(public, tmp_path, "teacher.steps=30"), with_thinking(load(public).tokenizer)
+    trained_on, data = set(), stages.source(c, tok)
+    draw = data.problem
+    data.problem = lambda *args: trained_on.add((p := draw(*args)).key) or p
+    for step in range(30):
+        data.batch(step, step / 30)
+    problems = self_training.new_problems(c, tok)
     assert all(split_of(p.key) == "train" and p.lang == "en" and p.task in c.data.tasks and verify(p, p.answer) for p in problems)
-    assert len({p.prompt for p in problems}) > 250
+    assert len({p.prompt for p in problems}) == 200
+    assert len(trained_on) > 100 and not trained_on & {p.key for p in problems}
+
+
+def test_the_decision_to_think_is_found_in_a_public_format(public, tmp_path):
+    c, tok = config(public, tmp_path), with_thinking(load(public).tokenizer)
+    rows = stages.source(c, tok).batch(0)
+    at = stages.decides(tok, rows)
+    assert int(at.sum()) == rows.tokens.eq(tok.control["<|im_end|>"]).sum() // 3  # one for each system, user and assistant turn
+    assert {tok.control["<think>"], tok.control["</think>"]} == set(rows.targets[at].tolist())
+    assert not stages.decides(load(public).tokenizer, rows).any()
 
 
 def test_tokens_taught_to_think_start_near_the_mean_embedding_and_apart(public):

@@ -2,7 +2,7 @@
 
 As in STaR (Zelikman et al. 2022), without its hints: what is kept is in the teacher's own words, and right. Each round of problems is a `.jsonl` file of
 conversations in the run's folder `solutions/`, written whole and a function of the seed and its number: a run cut short goes on with the next round.
-From there they are `data.solutions`. Problems come from the training split alone.
+From there they are `data.solutions`. Problems come from the training split alone, and are none that the teacher was trained on.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from dualbranch.tokenizer import TokenizerBase
 
 #: Problems of a round, all sampled at once.
 ROUND = 128
+#: Draws of a problem for each that is wanted; those that training has seen are left out.
+DRAWS = 50
 #: How solutions are sampled: varied, and still mostly right.
 TEMPERATURE, TOP_P = 0.8, 0.95
 
@@ -36,28 +38,41 @@ def with_solutions(config: RunConfig, folder: Path, teacher: DualBranchModel, to
 
     Raises ValueError where the teacher solved nothing.
     """
-    n = config.teacher.n_solutions
-    if not n:
+    if not config.teacher.n_solutions:
         return config
     target = folder / "solutions"
-    rounds = [range(i, min(n, i + ROUND)) for i in range(0, n, ROUND)]
     if dist.rank() == 0:
+        problems = new_problems(config, tok)
+        rounds = [problems[i : i + ROUND] for i in range(0, len(problems), ROUND)]
         todo = [i for i in range(len(rounds)) if not (target / f"{i:05d}.jsonl").exists()]
         solver = fast_copy(teacher) if todo else None
         for i in todo:
-            problems = [new_problem(config, tok, j) for j in rounds[i]]
-            kept = solve(solver, tok, problems, config.data.seq_len, config.seed * 1_000_003 + i, config.teacher.verify)
+            kept = solve(solver, tok, rounds[i], config.data.seq_len, config.seed * 1_000_003 + i, config.teacher.verify)
             write_text(target / f"{i:05d}.jsonl", "".join(json.dumps(c, ensure_ascii=False) + "\n" for c in kept))
-            log({"stage": "solutions", "step": i, "n_problems": len(problems), "kept": len(kept), "right": sum(c["right"] for c in kept)})
+            right = sum(c["right"] for c in kept)
+            log({"stage": "solutions", "step": i, "n_problems": len(rounds[i]), "kept": len(kept), "right": right, "keep_rate": right / len(rounds[i])})
         if not any((target / f"{i:05d}.jsonl").stat().st_size for i in range(len(rounds))):
-            raise ValueError(f"the teacher solved none of {n} problems; train it for longer (teacher.steps), or set teacher.n_solutions: 0")
+            raise ValueError(f"the teacher solved none of {len(problems)} problems; train it for longer (teacher.steps), or set teacher.n_solutions: 0")
     dist.barrier()
     return replace(config, data=replace(config.data, solutions=(str(target),)))
 
 
-def new_problem(config: RunConfig, tok: TokenizerBase, i: int) -> Problem:
-    """The i-th problem to be solved, at the levels that training ends with."""
-    return source(config, tok, purpose=6).problem(random.Random(f"solutions:{config.seed}:{i}"))
+def new_problems(config: RunConfig, tok: TokenizerBase) -> list[Problem]:
+    """`n_solutions` problems of the training split, at the levels that training ends with: none twice, and none whose numbers the teacher was trained on.
+
+    Fewer where the tasks hardly have more. Raises ValueError where the teacher has seen them all.
+    """
+    seen = set() if config.teacher.checkpoint else source(config, tok).keys_seen(config.teacher.steps)
+    data, rng, found = source(config, tok, purpose=6), random.Random(f"solutions:{config.seed}"), {}
+    for _ in range(DRAWS * config.teacher.n_solutions):
+        problem = data.problem(rng)
+        if problem.key not in seen:
+            found.setdefault(problem.prompt, problem)
+        if len(found) == config.teacher.n_solutions:
+            break
+    if not found:
+        raise ValueError("the teacher was trained on every problem there is at these levels; move data.levels_end, add data.tasks, or lower teacher.steps")
+    return list(found.values())
 
 
 def solve(model: DualBranchModel, tok: TokenizerBase, problems: list[Problem], max_tokens: int, seed: int, verified: bool = True) -> list[dict]:

@@ -48,6 +48,7 @@ class BatchSource:
         self.config, self.tok, self.seed, self.align, self.split = config, tok, seed, align, split
         self.tasks, self.langs = list(config.tasks) or list(TASKS), config.langs or LANGS
         self.needs_thinking: Sequence[bool] = ()
+        self.keys: set[str] | None = None  # of the problems drawn, while somebody wants to know (`keys_seen`)
         if bool(config.text or config.corpora) != (config.text_share > 0):
             given = f"data.text is {list(config.text)}, data.corpora {list(config.corpora)}"
             raise ValueError(f"{given} and data.text_share {config.text_share}; give text and a share, or neither")
@@ -67,7 +68,10 @@ class BatchSource:
         done = min(1.0, progress / c.curriculum) if c.curriculum else 1.0
         weights = [a + (b - a) * done for a, b in zip(c.levels_start, c.levels_end, strict=True)]
         level = rng.choices(LEVELS, weights)[0]
-        return sample_problem(rng, rng.choice(self.tasks), level, rng.choice(self.langs), self.split)
+        problem = sample_problem(rng, rng.choice(self.tasks), level, rng.choice(self.langs), self.split)
+        if self.keys is not None:
+            self.keys.add(problem.key)
+        return problem
 
     def assessed_problem(self, i: int) -> Problem:
         """The i-th problem the teacher assesses itself on: always the same, always from the training split."""
@@ -91,6 +95,14 @@ class BatchSource:
         n_turns = rng.choice((2, 3)) if rng.random() < c.multi_turn else 1
         problems = [self.problem(rng, progress) for _ in range(n_turns)]
         return render_conversation(self.tok, problems, [rng.random() < c.thinking for _ in problems], answer_weight=c.answer_weight)
+
+    def keys_seen(self, n_steps: int) -> set[str]:
+        """Keys of the generator's problems in all batches of a training of `n_steps`, before a teacher assesses itself."""
+        self.keys = seen = set()
+        for step in range(n_steps):
+            self.batch(step, progress=step / n_steps)
+        self.keys = None
+        return seen
 
     def batch(self, step: int, progress: float = 1.0, n_rows: int | None = None) -> Rows:
         """`n_rows` (default `batch_rows`) packed rows; the same step gives the same rows."""

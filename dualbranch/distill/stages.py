@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualbranch.chat import render_prompt
+from dualbranch.chat import chat_format, render_prompt
 from dualbranch.checkpoint import load, write_text
 from dualbranch.config import DualBranchConfig
 from dualbranch.data.corpora import load_corpus
@@ -257,9 +257,13 @@ def gate_examples(model: DualBranchModel, tok: Tokenizer, rows: Rows) -> tuple[T
 
 
 def decides(tok: Tokenizer, rows: Rows) -> Tensor:
-    """`(R, T)` bool: the tokens that predict whether to think."""
-    opening = tok.control.get("<|assistant|>") if tok.thinks else None
-    return torch.zeros_like(rows.tokens, dtype=torch.bool) if opening is None else rows.tokens == opening
+    """`(R, T)` bool: the tokens that predict whether to think, the last ones of what opens a reply."""
+    found = torch.full_like(rows.tokens, tok.thinks, dtype=torch.bool)
+    opening = chat_format(tok).assistant
+    for back, token in enumerate(reversed([*opening.ids, *tok.encode(opening.text)])):
+        found[:, :back] = False
+        found[:, back:] &= rows.tokens[:, : rows.tokens.shape[1] - back] == token
+    return found
 
 
 def train_gate(config: RunConfig, tok: Tokenizer, model: DualBranchModel, log: Log) -> None:
