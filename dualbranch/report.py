@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,14 +108,19 @@ def missing(what: str, why: str) -> str:
     return f"*{what}: not in this run ({why}).*"
 
 
-def read_metrics(path: Path) -> dict[str, list[dict]]:
-    """Records with a loss, by stage; a line cut short is skipped."""
-    stages: dict[str, list[dict]] = {}
+def read_records(path: Path) -> Iterator[dict]:
+    """What a run logged; a line cut short is skipped."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            record = json.loads(line)
+            yield json.loads(line)
         except json.JSONDecodeError:
             continue
+
+
+def read_metrics(path: Path) -> dict[str, list[dict]]:
+    """Records with a loss, by stage."""
+    stages: dict[str, list[dict]] = {}
+    for record in read_records(path):
         if record.get("stage") in TRAINED_STAGES and isinstance(record.get("loss"), (int, float)):
             stages.setdefault(record["stage"], []).append(record)
     return {name: stages[name] for name in TRAINED_STAGES if name in stages}
@@ -505,6 +510,9 @@ def training(stages: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path, co
     if "teacher" not in stages:
         source = f" from `{config.teacher.checkpoint}`" if config is not None and config.teacher.checkpoint else ""
         parts.append(f"*The teacher was loaded{source}, not trained in this run.*")
+    if rounds := {r["step"]: r for r in read_records(folder / "metrics.jsonl") if r.get("stage") == "solutions"}:
+        n, right, kept = (sum(r[name] for r in rounds.values()) for name in ("n_problems", "right", "kept"))
+        parts.append(f"Self-training: sampled solutions of {n} new problems were right in {percent(right / n)}; the student learned from {kept}.")
     return "\n\n".join(parts)
 
 

@@ -13,10 +13,16 @@ import torch
 from public_models import write_gguf
 
 from dualbranch import load
+from dualbranch.chat import render_prompt
 from dualbranch.checkpoint import load_checkpoint
 from dualbranch.data.problem import split_of, verify
 from dualbranch.distill import pipeline, self_training, stages
 from dualbranch.distill.config import RunConfig, load_run
+from dualbranch.evaluate import leaks_reasoning
+from dualbranch.generate import generate_batch
+from dualbranch.modes import resolve
+from dualbranch.report import read_metrics, training
+from dualbranch.sampling import SamplingParams
 from dualbranch.tokenizer_hf import with_thinking
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +85,7 @@ def test_a_model_without_a_thinking_mode_gets_one_and_distils_from_its_own_right
     kept = conversations(folder)
     assert half_right == [128, 72] and len(kept) == 100 and all(k["right"] for k in kept)
     assert all("nonsense" not in k["messages"][1]["content"] for k in kept)
+    assert "of 200 new problems were right in 50.0 %; the student learned from 100" in training(read_metrics(folder / "metrics.jsonl"), folder, c)
     data = stages.source(c, tok, purpose=1)
     documents = {tuple(ids) for ids, _ in data.solutions}
     drawn = [data.example(random.Random(i)) for i in range(60)]
@@ -91,6 +98,14 @@ def test_a_model_without_a_thinking_mode_gets_one_and_distils_from_its_own_right
     student = pipeline.make_student(c, sized, folder / "student", "student", teacher, tok, log)
     tokens = torch.tensor([ids])
     torch.testing.assert_close(student(tokens).logits, teacher(tokens).logits)
+    student = pipeline.make_gate(c, student, folder / "gate", tok, log)
+    prompts = [render_prompt(tok, [{"role": "user", "content": f"What is {n} + 27?"}]) for n in range(10, 30)]
+    for mode in ("fast", resolve("think", thinking="off"), resolve("think", thinking_budget=5), resolve("auto", thinking="on", thinking_budget=5), "auto"):
+        mode = resolve(mode)
+        for reply in generate_batch(student, tok, prompts, mode, SamplingParams(max_tokens=40, temperature=1.0)):
+            assert reply.answer.strip() and reply.n_think <= (mode.thinking_budget or 40)
+            assert mode.thinking != "off" or not leaks_reasoning(tok, reply)
+            assert mode.thinking != "on" or reply.thought
 
 
 def test_the_control_keeps_wrong_solutions_too_and_a_teacher_that_solves_nothing_is_refused(public, tmp_path, half_right, monkeypatch):

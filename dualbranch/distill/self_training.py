@@ -48,9 +48,9 @@ def with_solutions(config: RunConfig, folder: Path, teacher: DualBranchModel, to
         solver = fast_copy(teacher) if todo else None
         for i in todo:
             kept = solve(solver, tok, rounds[i], config.data.seq_len, config.seed * 1_000_003 + i, config.teacher.verify)
-            write_text(target / f"{i:05d}.jsonl", "".join(json.dumps(c, ensure_ascii=False) + "\n" for c in kept))
             right = sum(c["right"] for c in kept)
             log({"stage": "solutions", "step": i, "n_problems": len(rounds[i]), "kept": len(kept), "right": right, "keep_rate": right / len(rounds[i])})
+            write_text(target / f"{i:05d}.jsonl", "".join(json.dumps(c, ensure_ascii=False) + "\n" for c in kept))
         if not any((target / f"{i:05d}.jsonl").stat().st_size for i in range(len(rounds))):
             raise ValueError(f"the teacher solved none of {len(problems)} problems; train it for longer (teacher.steps), or set teacher.n_solutions: 0")
     dist.barrier()
