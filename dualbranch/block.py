@@ -34,7 +34,8 @@ class KVProjection(nn.Module):
         """`h (N, E)` -> k (rotated), v, each `(N, Hk, D)`."""
         k = self.w_k(h).unflatten(-1, (self.n_kv_heads, -1))
         v = self.w_v(h).unflatten(-1, (self.n_kv_heads, -1))
-        return apply_rope(self.k_norm(k), cos, sin), v
+        k = apply_rope(self.k_norm(k), cos, sin)
+        return k, v.to(k.dtype)
 
 
 class Branch(nn.Module):

@@ -19,7 +19,7 @@ from dualbranch.cache import KVCache, NoCache
 from dualbranch.config import DualBranchConfig
 from dualbranch.gate import Calibration, GatingController
 from dualbranch.layers import Rope, ScaledEmbedding
-from dualbranch.packed import logits_of
+from dualbranch.packed import logits_of, product_dtype
 from dualbranch.routing import Grid, Partition, TokenGroup
 from dualbranch.runner import Runner
 
@@ -95,11 +95,12 @@ class DualBranchModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """What products are computed in: the weights' dtype, or that of `torch.autocast` where it is on."""
+    def compute_dtype(self, n_tokens: int) -> torch.dtype:
+        """What products of so many tokens are computed in: the weights' dtype, that of `torch.autocast` where it is on, or that of packed weights."""
         kind = self.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return self.dtype if self.precision == "fp32" else product_dtype(n_tokens, self.device)
 
     def cost(self, route: str | float = "slow", n_cached: int = 0) -> accounting.Cost:
         """Parameters, FLOPs and KV bytes of one token with `n_cached` tokens before it; `route` is "slow", "fast" or a share of slow tokens."""
@@ -208,7 +209,7 @@ class DualBranchModel(nn.Module):
             raise ValueError(f"{n_keys} tokens exceed max_seq_len = {self.config.max_seq_len}; shorten the prompt or raise it (rope_scaling)")
         positions = q_pos if doc_start is None else q_pos - doc_start
         positions, n_positions = positions.flatten(), n_keys if lengths is None else n_keys + T
-        dtype = self.compute_dtype
+        dtype = self.compute_dtype(B * T)
         angles, sliding = (None if rope is None else tuple(x.to(dtype) for x in rope(positions, n_positions)) for rope in (self.rope, self.sliding_rope))
         if lengths is not None:
             q_pos = torch.where(t < n_new.to(device)[:, None], q_pos, -1)

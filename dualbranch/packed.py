@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualbranch.layers import has_bf16_units
+
 #: Rows interleaved in a checkpoint; and in memory, as many as this machine's vector registers have fp32 lanes (8 where they have fewer).
 STORED_LANES = 16
 LANES = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
@@ -105,11 +107,11 @@ def unpacked(words: Tensor, scales: Tensor | None, bits: int) -> list[Tensor]:
     return [(f - offset) * scale + low for f in values[:-1]] + [(values[-1] + (half - offset)) * scale + low]
 
 
-def transposed(words: Tensor, scales: Tensor | None, bits: int) -> Tensor:
-    """A whole word matrix, unpacked: `(K', N')` fp32."""
+def transposed(bits: int, words: Tensor, scales: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A whole word matrix, unpacked: `(K', N')`."""
     if bits == 8:
         scales = scales.view(-1, 1, LANES)
-    return join_columns([p.transpose(0, 1).flatten(1) for p in unpacked(words, scales, bits)], bits, 0)
+    return join_columns([p.to(dtype).transpose(0, 1).flatten(1) for p in unpacked(words, scales, bits)], bits, 0)
 
 
 class PackedMatrix(nn.Module):
@@ -124,7 +126,7 @@ class PackedMatrix(nn.Module):
         if bits not in (4, 8, 16):
             raise ValueError(f"bits is {bits}; a packed matrix has 4, 8 or 16 bits per weight")
         self.n_rows, self.n_columns, self.bits = n_rows, n_columns, bits
-        self.unpack: Callable[[Tensor, Tensor | None], Tensor] = partial(transposed, bits=bits)
+        self.unpack: Callable[[Tensor, Tensor | None, torch.dtype], Tensor] = partial(transposed, bits)
         N, K = -(-n_rows // STORED_LANES) * STORED_LANES, -(-n_columns // GROUP) * GROUP
         self.register_buffer("words", torch.zeros(N // LANES, K * bits // 32, LANES))
         self.register_buffer("scales", {4: torch.zeros(N // LANES, K // GROUP, LANES), 8: torch.zeros(N)}.get(bits))
@@ -169,9 +171,9 @@ class PackedMatrix(nn.Module):
     def _word_names(self) -> tuple[str, ...]:
         return ("words", "scales") if self.bits == 4 else ("words",)
 
-    def transposed(self) -> Tensor:
-        """The matrix, unpacked: `(K, N)` fp32."""
-        return self.unpack(self.words, self.scales)[: self.n_columns, : self.n_rows]
+    def transposed(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix, unpacked: `(K, N)`."""
+        return self.unpack(self.words, self.scales, dtype)[: self.n_columns, : self.n_rows]
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows `index (...)` int64, unpacked: `(..., K)` fp32."""
@@ -242,10 +244,19 @@ class PackedEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.matrix.rows(tokens) * self.scale
 
+def product_dtype(n_tokens: int, device: torch.device) -> torch.dtype:
+    """What packed matrices are multiplied in: bf16 for many tokens where the device has units for it, else fp32."""
+    return torch.bfloat16 if n_tokens > FEW and has_bf16_units(device) else torch.float32
+
+
 def multiply(matrix: PackedMatrix, x: Tensor) -> Tensor:
-    """`x (..., K)` times the transposed matrix: `(..., N)`."""
+    """`x (..., K)` times the transposed matrix: `(..., N)`. In `product_dtype`."""
     flat = x.flatten(0, -2)
-    y = matrix.product(flat) if len(flat) <= FEW and torch.compiler.is_compiling() else flat @ matrix.transposed()
+    if len(flat) <= FEW and torch.compiler.is_compiling():
+        y = matrix.product(flat)
+    else:
+        weight = matrix.transposed(product_dtype(len(flat), x.device))
+        y = flat.to(weight.dtype) @ weight
     return y.unflatten(0, x.shape[:-1])
 
 

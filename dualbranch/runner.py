@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from dualbranch.block import Block
 from dualbranch.cache import KVCache
+from dualbranch.layers import has_bf16_units
 from dualbranch.packed import PackedMatrix, logits_of, transposed
 from dualbranch.routing import Angles, Partition
 from kernels import SparseSpec
@@ -144,14 +145,14 @@ class _Head(nn.Module):
 
 
 class Unpack(nn.Module):
-    """`packed.transposed` for matrices of any size at one precision."""
+    """`packed.transposed` for matrices of any size at one precision, to one dtype."""
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.dtype = bits, dtype
 
     def forward(self, words: Tensor, scales: Tensor | None) -> Tensor:
-        return transposed(words, scales, self.bits)
+        return transposed(self.bits, words, scales, self.dtype)
 
 
 def step_name(block: Block, slow: bool, n_keys: int) -> str:
@@ -161,8 +162,13 @@ def step_name(block: Block, slow: bool, n_keys: int) -> str:
     return ("sliding-" if block.sliding else "") + ("slow" if slow else "fast") + ("-sparse" if sparse else "")
 
 
+def unpack_name(bits: int, dtype: torch.dtype) -> str:
+    return f"unpack{bits}" + ("-bf16" if dtype == torch.bfloat16 else "")
+
+
 def plain_steps(model: DualBranchModel) -> dict[str, nn.Module]:
-    """Every step that decoding with `model` may need, uncompiled: of its blocks by name, `logits`, and `unpackB` of each packed width B."""
+    """Every step that decoding with `model` may need, uncompiled: of its blocks by name, `logits`, and `unpackB` of each packed width B,
+    where the CPU has units for bf16 also `unpackB-bf16`."""
     steps: dict[str, nn.Module] = {}
     for block in model.blocks:
         for slow in (True, False):
@@ -172,7 +178,8 @@ def plain_steps(model: DualBranchModel) -> dict[str, nn.Module]:
                     steps.setdefault(name, BlockStep(block, slow, name.endswith("sparse"), model.config.sparse.block_size))
     steps["logits"] = LogitsStep(model)
     for bits in sorted({m.bits for m in model.modules() if isinstance(m, PackedMatrix)}):
-        steps[f"unpack{bits}"] = Unpack(bits)
+        for dtype in (torch.float32, torch.bfloat16)[: 1 + has_bf16_units(model.device)]:
+            steps[unpack_name(bits, dtype)] = Unpack(bits, dtype)
     return steps
 
 
@@ -190,10 +197,13 @@ class Runner:
         self.logits = partial(steps["logits"], plain["logits"].weights_of(model))
         for module in model.modules():
             if isinstance(module, PackedMatrix):
-                module.unpack = steps[f"unpack{module.bits}"]
+                module.unpack = partial(self._unpack, module.bits)
         c = model.config
         self.keys = torch.zeros(c.max_seq_len, dtype=torch.int8)
         self.scratch = torch.zeros(1, -(-c.max_seq_len // c.sparse.block_size), c.n_kv_heads, c.head_dim)  # mean keys of layers that choose no blocks
+
+    def _unpack(self, bits: int, words: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return self.steps[unpack_name(bits, dtype)](words, scales)
 
     @staticmethod
     def takes(tokens: Tensor, route: str | Tensor, cache: KVCache | None) -> bool:

@@ -7,7 +7,7 @@ Ways through, chosen by shape alone:
 - gathered: the same with copies of what is read; for decode elsewhere, and where gradients are wanted;
 - by row (`_by_row`): prefill of longer rows. Queries that see few keys use a mask over just those keys; the rest meet
   only the blocks they read.
-Arguments are checked already. bf16 on a CPU is computed in fp32, which is far faster there.
+Arguments are checked already. bf16 on a CPU is computed in fp32, which is far faster there, but for a whole prefix where the CPU has units for bf16.
 """
 
 import warnings
@@ -33,6 +33,7 @@ CHUNK_QUERIES = 1024  # sparse queries that are turned round at once: the more, 
 BAND_QUERIES = 512  # of which so many at once have all of their scores in memory
 GATHERED_ELEMENTS = 1 << 18
 DENSE_QUERIES = 1024
+PREFIX_QUERIES = 256  # queries per chunk of a whole prefix in bf16
 DOCUMENT_QUERIES = 144  # queries per chunk of dense attention over packed documents
 FEW_QUERIES = 16  # calls with up to this many queries per row go by index or gather
 SORTED_SCORES = 1 << 12  # so few block scores are sorted whole: one operator instead of the seven of a topk with ties
@@ -77,6 +78,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Ten
     if plan.max_pos < 0:
         return _zero_padding(q, plan)
     dtype = q.dtype
+    if plan.is_prefix and _has_bf16_products(q, k, v):
+        return _prefix_in_bf16(q, k, v)
     q, k, v = _compute(q), _compute(k), _compute(v)
     if plan.is_prefix:
         return _sdpa(q, k, v, is_causal=True).to(dtype)
@@ -95,6 +98,31 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal
     gqa = q.shape[2] != k.shape[2]
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
     return out.transpose(1, 2)
+
+
+def _has_bf16_products(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether to compute by hand: a CPU's SDPA makes no use of its units for bf16, and products do. Without gradients."""
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and not trained and torch.cpu._is_avx512_bf16_supported()
+
+
+def _prefix_in_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of a whole prefix, q (B, T, H, D) over k, v (B, >= T, Hk, D), in bf16: two products and a softmax for each chunk of queries."""
+    B, T, H, D = q.shape
+    Hk, C = k.shape[2], min(T, PREFIX_QUERIES)
+    G = H // Hk
+    qg = (q * D**-0.5).view(B, T, Hk, G, D).permute(0, 2, 3, 1, 4).reshape(B * Hk, G, T, D)
+    k = k[:, :T].permute(0, 2, 3, 1).reshape(B * Hk, D, T)
+    v = v[:, :T].transpose(1, 2).reshape(B * Hk, T, D)
+    future = torch.full((C, C), float("-inf"), dtype=q.dtype).triu(1)
+    out = torch.empty_like(qg)
+    for t0 in range(0, T, C):
+        t1 = min(t0 + C, T)
+        n = t1 - t0
+        scores = torch.bmm(qg[:, :, t0:t1].reshape(-1, G * n, D), k[:, :, :t1])  # (B * Hk, G * n, t1)
+        scores.view(-1, G, n, t1)[..., t0:] += future[:n, :n]
+        out[:, :, t0:t1] = torch.bmm(scores.softmax(-1), v[:, :t1]).view(-1, G, n, D)
+    return out.view(B, Hk, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
 def _chunks(plan: AttentionPlan) -> list[tuple[int, int, int, int]]:

@@ -179,3 +179,18 @@ def test_import_kernels_does_not_import_triton():
     code = "import sys, torch; before = 'triton' in sys.modules; import kernels; assert before or 'triton' not in sys.modules; print(kernels.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.strip() == "0.0.0", done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU has no units for bf16")
+@pytest.mark.parametrize("T, H, Hk", [(1, 4, 2), (255, 6, 2), (256, 3, 3), (300, 7, 1), (513, 4, 4)])
+def test_a_prefix_in_bf16_is_as_near_to_exact_as_rounding_lets_it(T, H, Hk):
+    generator = torch.Generator().manual_seed(T)
+    q, k, v = (torch.randn(2, n, h, 32, generator=generator).bfloat16() for n, h in ((T, H), (T + 5, Hk), (T + 5, Hk)))
+    k[:, T:], v[:, T:] = float("nan"), float("nan")  # what no query sees may hold anything
+    plan = AttentionPlan(torch.arange(T).expand(2, T), T + 5)
+    exact = dense_attention(q.float(), k[:, :T].float(), v[:, :T].float(), AttentionPlan(torch.arange(T).expand(2, T), T))
+    found = dense_attention(q, k, v, plan)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), exact, atol=2e-2, rtol=2e-2)
+    with torch.enable_grad():  # trained, it takes the differentiable way
+        dense_attention(q.clone().requires_grad_(), k[:, :T], v[:, :T], AttentionPlan(torch.arange(T).expand(2, T), T)).sum().backward()

@@ -112,7 +112,7 @@ def test_model_settings_left_open_come_from_the_teacher_and_contradictions_are_r
     run = {"teacher": {"checkpoint": str(public)}}
     model = complete_from_teacher(run | {"model": {"fast_n_heads": 3, "fast_d_ff": 16}})["model"]
     assert (model["d_model"], model["n_heads"], model["n_kv_heads"], model["fast_n_heads"], model["norm_eps"]) == (48, 6, 3, 3, 1e-5)
-    assert complete_from_teacher(run)["model"]["fast_n_heads"] == 3  # of two heads a group, one
+    assert [complete_from_teacher(run)["model"][name] for name in ("fast_n_heads", "fast_d_ff")] == [6, 16]
     with pytest.raises(ConfigError, match=r"model.d_ff is 32, but the teacher .* has 64"):
         complete_from_teacher(run | {"model": {"d_ff": 32, "fast_n_heads": 3}})
     with pytest.raises(ConfigError, match="n_kv_heads"):

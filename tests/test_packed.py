@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualbranch.checkpoint import load_checkpoint, save_checkpoint
-from dualbranch.packed import GROUP, PackedEmbedding, PackedLinear, PackedMatrix, halves, join_halves
+from dualbranch.packed import FEW, GROUP, PackedEmbedding, PackedLinear, PackedMatrix, halves, join_halves, multiply
 from dualbranch.precision import parse_precision, quantize
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 100))
@@ -124,7 +124,8 @@ def test_precision_by_part():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4", "slow=int8,fast=int4,head=bf16"])
-def test_a_quantized_model_is_the_model_with_rounded_matrices(precision):
+def test_a_quantized_model_is_the_model_with_rounded_matrices(precision, monkeypatch):
+    monkeypatch.setattr("dualbranch.packed.has_bf16_units", lambda device: False)  # nothing else is rounded
     bits, tokens = parse_precision(precision), torch.arange(40)[None]
     model, plain = quantize(make_tiny_model(400), precision), make_tiny_model(400)
     with torch.no_grad():
@@ -156,3 +157,32 @@ def test_a_quantized_checkpoint_loads_as_it_was(tmp_path, precision):
         assert torch.equal(again(tokens, "slow").logits, model(tokens, "slow").logits)
     small, full = ((tmp_path / n / "model.safetensors").stat().st_size for n in ("small", "full"))
     assert small < 0.75 * full
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_many_tokens_are_multiplied_in_bf16_only_where_there_are_units_for_it(bits, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    matrix, x = packed(torch.randn(48, 64, generator=generator), bits), torch.randn(FEW + 1, 64, generator=generator)
+    exact = x @ matrix.transposed()
+    monkeypatch.setattr("dualbranch.packed.has_bf16_units", lambda device: True)
+    rounded = multiply(matrix, x)
+    assert rounded.dtype == torch.bfloat16 and 0 < (rounded.float() - exact).norm() / exact.norm() < 0.01
+    assert torch.equal(multiply(matrix, x[:FEW]), x[:FEW] @ matrix.transposed())
+    monkeypatch.setattr("dualbranch.packed.has_bf16_units", lambda device: False)
+    assert torch.equal(multiply(matrix, x), exact)
+
+
+def test_a_quantized_model_prefills_in_bf16_and_caches_what_decoding_reads(monkeypatch):
+    """Whole, in chunks of many tokens, and token by token: the same but for rounding, on every route."""
+    tokens = torch.randint(10, 400, (1, 60), generator=torch.Generator().manual_seed(2))
+    model = quantize(make_tiny_model(400), "int8")
+    monkeypatch.setattr("dualbranch.packed.has_bf16_units", lambda device: True)
+    for route in ("slow", "fast"):
+        logits = {}
+        for size in (60, 20, 1):
+            cache = model.new_cache(1, 64)
+            with torch.no_grad():
+                logits[size] = torch.cat([model(part, route, cache=cache).logits for part in tokens.split(size, 1)], 1)
+            assert cache.k[0].dtype == torch.float32
+        assert 0 < (logits[60] - logits[1]).norm() / logits[1].norm() < 0.03
+        assert (logits[20] - logits[1]).norm() / logits[1].norm() < 0.03

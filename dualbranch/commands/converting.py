@@ -13,19 +13,20 @@ from dualbranch.cli import add_model
 CONVERSION: dict[str, Any] = {
     "data": {"corpora": ["wikipedia"], "text_share": 1.0, "seq_len": 512, "batch_rows": 2},
     "student": {
-        "steps": 160, "routes": [0.7, 0.3, 0.0], "hard": 0.0, "align": 0.0, "refit_rows": 16,
-        "optim": {"kind": "adamw", "lr": 1e-3, "lr_other": 1e-3, "warmup": 0.03, "decay": 0.6},
+        "steps": 220, "routes": [0.7, 0.3, 0.0], "hard": 0.0, "align": 0.0, "refit_rows": 16,
+        "optim": {"kind": "muon", "lr": 2e-3, "lr_other": 1e-3, "warmup": 0.03, "decay": 0.6},
     },
     "gate": {"rows": 48, "steps": 1500, "lr": 3e-3, "calibration_rows": 24, "default_budget": 0.3},
-    "evaluation": {"budgets": [0.1, 0.3, 0.5], "routing_rows": 8, "routing_shares": [0.3, 0.5], "text_tokens": 16384, "n_recall": 8, "dense_baseline": False},
-    "save_every": 50,
+    "evaluation": {"budgets": [0.1, 0.3, 0.5], "routing_rows": 8, "routing_shares": [0.3, 0.5], "text_tokens": 8192, "n_recall": 8, "dense_baseline": False},
+    "save_every": 20,
+    "precision": "auto",
 }  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--fast-heads", type=int, metavar="N", help="query heads of the fast branch (default: two thirds of the model's)")
-    parser.add_argument("--fast-ff", type=int, metavar="N", help="feed-forward neurons of the fast branch (default: a third of the model's)")
+    parser.add_argument("--fast-heads", type=int, metavar="N", help="query heads of the fast branch (default: all of the model's)")
+    parser.add_argument("--fast-ff", type=int, metavar="N", help="feed-forward neurons of the fast branch (default: a quarter of the model's)")
     parser.add_argument("--steps", type=int, metavar="N", help=f"healing steps (default: {CONVERSION['student']['steps']})")
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="your own text (.txt, .jsonl, folders) instead of the Wikipedia articles")
     what = "give nothing a fast branch: distil MODEL into this smaller model instead (one of `dualbranch prune`), whole"
