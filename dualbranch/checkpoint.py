@@ -195,7 +195,11 @@ def load(
         return _load_folder(_find(path_or_name, Path(runs)), device, dtype)
     from dualbranch.convert import delta
 
-    return delta.load_delta(public, device, dtype, accept_terms) if delta.is_delta(public) else _load_public(public, device, dtype)
+    if not delta.is_delta(public):
+        return _load_public(public, device, dtype)
+    if dense:
+        raise CheckpointError(f"{public}: a delta, where a conventional model is needed; give the model that the delta belongs to")
+    return delta.load_delta(public, device, dtype, accept_terms)
 
 
 def newest_run(runs: str | os.PathLike = "runs") -> Path | None:

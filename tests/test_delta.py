@@ -126,6 +126,7 @@ def test_a_shipped_delta_comes_with_the_name_unless_the_dense_model_is_asked_for
 PROBLEMS = {
     "other base": "other weights", "other sizes": "sizes", "truncated": "truncated", "flipped": "damaged", "missing tensor": "gate.w_in.weight is missing",
     "shape": "gate.w_in.weight has shape", "base unnamed": "base must say", "no such base": "nowhere", "precision": "is missing",
+    "its own base": "a delta, where",
 }  # fmt: skip
 
 
@@ -156,6 +157,8 @@ def test_a_delta_that_does_not_fit_is_refused_by_name(problem, converted, copied
         edit_manifest(copied, lambda m: m["extra"].pop("base"))
     elif problem == "no such base":
         edit_manifest(copied, lambda m: m["extra"]["base"].update(name=str(tmp_path / "nowhere")))
+    elif problem == "its own base":
+        edit_manifest(copied, lambda m: m["extra"]["base"].update(name=str(copied)))
     elif problem == "precision":
         edit_manifest(copied, lambda m: m["extra"].update(precision="int4"))
     with pytest.raises(CheckpointError, match=PROBLEMS[problem]):
