@@ -31,6 +31,10 @@ def converted(tiny, tmp_path_factory) -> tuple[DualBranchModel, Path, Path]:
     save_checkpoint(folder / "base", slow_model(model), tok)
     save_checkpoint(folder / "run" / "gate", model, tok)
     save_yaml(folder / "run" / "config.yaml", RunConfig(model=model.config, teacher=TeacherConfig(str(folder / "base")), student=StudentConfig(refit_rows=8)))
+    routes = [{"route": "slow", "budget": None, "perplexity": 20.0, "of_slow": 1.0, "flops": 2e6, "slow_share": 1.0},
+              {"route": "auto", "budget": 0.3, "perplexity": 22.0, "of_slow": 1.1, "flops": 1e6, "slow_share": 0.31}]  # fmt: skip
+    recall = [{"distance": 256, "route": "auto", "budget": 0.3, "accuracy": 0.75, "n": 8}]
+    (folder / "run" / "evaluation.json").write_text(json.dumps({"text": {"stories": {"routes": routes}}, "recall": recall}))
     assert cli(["export", str(folder / "run"), "--to", "delta", "--out", str(folder / "delta")]) == 0
     return model, folder / "base", folder / "delta"
 
@@ -95,7 +99,8 @@ def test_a_delta_holds_nothing_of_the_base_and_few_bits_of_the_rest(converted):
     bits = 8 * sum(x.nbytes for name, x in tensors.items() if ".matrix." in name) / sum(p.numel() for p in matrices.values())
     assert bits < 7, f"{bits:.1f} bits per weight; 5, and what padding to whole tiles adds in so small a model"
     card = (folder / "README.md").read_text()
-    assert "base" in card and "delta" in card
+    assert "stories, auto at 31% slow tokens (as trained, fp32) | perplexity 22.00, 1.100 of slow, 50% of the FLOPs" in card
+    assert "recall at 256 tokens, auto 0.3 (as trained, fp32) | 75% of 8" in card and "frozen, is the slow branch" in card
 
 
 @pytest.mark.parametrize("precision", ["int8", "bf16"])

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help=what)
     parser.add_argument("--name", help="what the model card calls it (default: the folder's name)")
     parser.add_argument("--licence", help="what the model card says of its licence (default: that of the public model it is, where it is known)")
-    parser.add_argument("--evaluation", metavar="FILE", help="JSON of what was measured (name -> number or text) for the model card")
+    parser.add_argument("--evaluation", metavar="FILE", help="JSON of what was measured (name -> number or text) for the card (default: the run's evaluation)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
         if not isinstance(evaluation, dict):
             raise ValueError(f"{args.evaluation}: a {type(evaluation).__name__}, needed a JSON object: what was measured -> number or text")
     found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms)
+    if evaluation is None:
+        evaluation = measured(found.folder.parent / "evaluation.json")
     known = PIP_MODELS.get(args.model)
     base, rows, default, made = None, None, ("slow", "float32"), f"From `{args.model}`."
     if args.to == "delta":
@@ -74,3 +76,20 @@ def base_of(found: LoadedModel) -> tuple[tuple[str, LoadedModel], Rows, str]:
     )
     config = self_text.with_self_text(config, run, base.model, base.tokenizer)
     return (name, base), stages.source(config, base.tokenizer, purpose=4).batch(0, n_rows=config.student.refit_rows), made
+
+
+def measured(path: Path) -> dict[str, str] | None:
+    """What a run's evaluation says about text and recall, for a model card; None where there is none."""
+    if not path.is_file():
+        return None
+    evaluation = json.loads(path.read_text(encoding="utf-8"))
+    rows = {}
+    for name, text in evaluation.get("text", {}).items():
+        for r in text["routes"]:
+            share = "" if r["budget"] is None else f" at {r['slow_share']:.0%} slow tokens"
+            cost = f"{r['flops'] / text['routes'][0]['flops']:.0%} of the FLOPs"
+            rows[f"{name}, {r['route']}{share}"] = f"perplexity {r['perplexity']:.2f}, {r['of_slow']:.3f} of slow, {cost}"
+    for r in evaluation.get("recall", []):
+        budget = "" if r["budget"] is None else f" {r['budget']:g}"
+        rows[f"recall at {r['distance']} tokens, {r['route']}{budget}"] = f"{r['accuracy']:.0%} of {r['n']}"
+    return {f"{name} (as trained, fp32)": value for name, value in rows.items()} or None
