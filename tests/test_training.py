@@ -304,6 +304,12 @@ def test_resuming_with_another_config_is_refused_naming_the_difference(finished,
     assert "student.steps: 4 -> 9" in capsys.readouterr().err
 
 
+def test_a_run_that_was_to_stop_early_can_go_on_and_save_more_often(tmp_path):
+    early = config(tmp_path, "until=teacher")
+    folder = pipeline.open_run(early, False)
+    assert pipeline.open_run(dataclasses.replace(early, until="report", save_every=1), True) == folder
+
+
 def test_a_folder_that_cannot_be_written_is_reported_before_any_work(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main([str(TINY), "--set", f"out={tmp_path}/file"]) == 2

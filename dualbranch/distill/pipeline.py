@@ -30,6 +30,9 @@ from dualbranch.schema import load_yaml, save_yaml, to_dict
 from dualbranch.tokenizer import Tokenizer
 from dualbranch.tokenizer_hf import with_thinking
 
+#: What may differ when a run goes on: how far it goes and how often it saves change no result.
+FREE_TO_CHANGE = ("until", "save_every")
+
 
 class RunExists(ValueError):
     """The run's folder is taken, by a run that this one would overwrite or contradict."""
@@ -85,7 +88,8 @@ def open_run(config: RunConfig, resume: bool) -> Path:
         if saved.exists():
             if not resume:
                 raise RunExists(f"{folder} holds a run already; continue it with --resume, or start another with --set name=NEW")
-            if different := differences(to_dict(load_yaml(saved, RunConfig)), to_dict(config)):
+            before, now = ({k: v for k, v in to_dict(c).items() if k not in FREE_TO_CHANGE} for c in (load_yaml(saved, RunConfig), config))
+            if different := differences(before, now):
                 raise RunExists(f"{folder} was made with another config ({'; '.join(different[:4])}); undo that, or start another run with --set name=NEW")
         try:
             folder.mkdir(parents=True, exist_ok=True)
