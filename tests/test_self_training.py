@@ -151,10 +151,24 @@ def test_the_decision_to_think_is_found_in_a_public_format(public, tmp_path):
     assert not stages.decides(load(public).tokenizer, rows).any()
 
 
-def test_tokens_taught_to_think_start_near_the_mean_embedding_and_apart(public):
-    model = load(public).model
-    before = model.embed.weight.clone()
-    stages.start_tokens(model, [3, 4], seed=0)
+def test_new_tokens_start_like_others_and_are_fitted_where_the_model_is_to_say_them(public, tmp_path):
+    c, model, tok = config(public, tmp_path), load(public).model, with_thinking(load(public).tokenizer)
+    ids = [tok.control["<think>"], tok.control["</think>"]]
+    before = model.embed.weight.detach().clone()
+    stages.start_tokens(model, ids, seed=0)
+    started = model.embed.weight[ids].detach().clone()
+    assert abs(float(torch.cosine_similarity(*(started - before.mean(0)), dim=0))) < 0.5
+    spread = (before - before.mean(0)).norm(dim=1).mean()
+    assert ((started - before.mean(0)).norm(dim=1) - spread).abs().max() < spread / 2
+    batches = [stages.source(c, tok, purpose=7).batch(i) for i in range(4)]
+
+    def loss_of_closing(rows) -> float:
+        at = (rows.targets == ids[1]) & (rows.loss_weights > 0)
+        return float(torch.nn.functional.cross_entropy(model(rows.tokens, doc_start=rows.doc_start).logits[at], rows.targets[at]).detach())
+
+    unseen = stages.source(c, tok, purpose=8).batch(0)
+    at_first = loss_of_closing(unseen)
+    stages.fit_tokens(model, ids, batches)
+    assert loss_of_closing(unseen) < at_first - 1.0
     changed = (model.embed.weight != before).any(1).nonzero().flatten().tolist()
-    assert changed == [3, 4] and not torch.equal(model.embed.weight[3], model.embed.weight[4])
-    assert (model.embed.weight[3] - before.mean(0)).norm() < 0.5 * before.std(0).norm()
+    assert changed == sorted(ids)
