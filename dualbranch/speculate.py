@@ -20,10 +20,11 @@ from dualbranch.cache import KVCache
 from dualbranch.generate import Pending, prefill, spent_flops
 from dualbranch.model import DualBranchModel
 from dualbranch.modes import Mode, Phase, ThinkingController
+from dualbranch.packed import FEW
 from dualbranch.sampling import SamplingParams, draw, token_probs
 
-#: Most tokens drafted before a verification.
-MAX_DRAFT = 8
+#: Most tokens drafted before a verification: with the newest one as many as packed weights multiply in the precision of single tokens.
+MAX_DRAFT = FEW - 1
 #: Drafts over which the acceptance rate is averaged, and the rate assumed before any was seen.
 MEMORY, FIRST_ACCEPTANCE = 32, 0.8
 

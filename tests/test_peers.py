@@ -233,6 +233,13 @@ def test_an_engine_with_other_weights_is_not_timed_and_a_slow_one_keeps_its_spee
     assert states[4].windows is None and states[4].notes == ["perplexity not measured: stopped after 9 s"]
 
 
+@pytest.mark.parametrize("units", [True, False])
+def test_our_packed_weights_may_round_a_pass_only_where_the_cpu_has_units_for_bf16(units, monkeypatch):
+    monkeypatch.setattr(peers, "has_bf16_units", lambda device: units)
+    assert (peers.differs(Engine("ours", "ours", "file", "int8"), 2.0, 2.0, 0.1) is None) == units
+    assert peers.differs(Engine("ours", "ours", "file", "fp32"), 2.0, 2.0, 0.1) is not None
+
+
 def test_engines_take_turns_and_what_one_did_not_reach_is_not_tried_again(monkeypatch):
     def answer(job):
         lines = [{"load_s": 1.0}, *({"tokens": n} for n in job.lengths)]

@@ -17,6 +17,7 @@ from dualbranch.accounting import token_flops
 from dualbranch.checkpoint import LoadedModel, save_checkpoint
 from dualbranch.generate import decode, generate, generate_batch, prompt_ids, start, stream
 from dualbranch.modes import Phase, ThinkingController, resolve, token_rules
+from dualbranch.packed import product_dtype
 from dualbranch.sampling import SamplingParams, filtered_probs, token_probs
 from dualbranch.speculate import MAX_DRAFT, DraftLength, accept
 from kernels import SparseSpec
@@ -66,6 +67,12 @@ def speculated(model, tok, prompts, mode, params):
 def alike(g):
     """What must not depend on speculation."""
     return dataclasses.replace(g, flops=0.0, n_drafted=0, n_accepted=0, confidence=None)
+
+
+def test_a_verification_is_computed_in_the_precision_of_single_tokens(monkeypatch):
+    """Or packed weights would accept and reject by other logits than decoding has."""
+    monkeypatch.setattr("dualbranch.packed.has_bf16_units", lambda device: True)
+    assert product_dtype(MAX_DRAFT + 1, torch.device("cpu")) == product_dtype(1, torch.device("cpu"))
 
 
 # ---- greedy: the same reply
