@@ -43,10 +43,10 @@ from dualbranch.config import DualBranchConfig
 from dualbranch.convert import names
 from dualbranch.convert.export import export, slow_model
 from dualbranch.data.corpora import load_corpus
-from dualbranch.layers import has_bf16_units
 from dualbranch.measure import about, spread
 from dualbranch.precision import quantize
 from dualbranch.text_eval import cut_windows, read_text
+from kernels import has_bf16_units
 
 MODEL, DUAL = "smollm2-135m-instruct", "runs/smollm2-135m"
 #: Largest |log(perplexity / ours)| of engines with our slow route's weights, by precision; of others it is `ROUNDED`.

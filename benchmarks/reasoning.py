@@ -19,10 +19,10 @@ import torch
 from dualbranch import load
 from dualbranch.data.problem import Problem, sample_problem
 from dualbranch.evaluate import Result, evaluate
-from dualbranch.layers import has_bf16_units
 from dualbranch.modes import Mode, resolve
 from dualbranch.sampling import SamplingParams
 from dualbranch.text_eval import evaluate_texts, read_text
+from kernels import has_bf16_units
 
 TWO_DIGIT_SUM = re.compile(r"(?<!\d)\d\d \+ \d\d(?!\d)")
 BUDGET = 64

@@ -11,13 +11,6 @@ from torch import Tensor, nn
 from dualbranch.config import DualBranchConfig, RopeScaling
 
 
-def has_bf16_units(device: torch.device) -> bool:
-    """Whether bf16 products are faster than fp32 ones there: recent GPUs, and CPUs with AVX512-BF16 or AMX. (Elsewhere they are a hundred times slower.)"""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def rope_frequencies(n_dims: int, theta: float, scaling: RopeScaling, max_seq_len: int = 0) -> tuple[Tensor, float]:
     """Rotary frequencies of `n_dims` rotating elements, `(n_dims / 2,)` in radians per token (fp64), and the factor by which cos and sin grow.
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualbranch.layers import has_bf16_units
+from kernels import has_bf16_units
 
 #: Rows interleaved in a checkpoint; and in memory, as many as this machine's vector registers have fp32 lanes (8 where they have fewer).
 STORED_LANES = 16
@@ -243,6 +243,7 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.matrix.rows(tokens) * self.scale
+
 
 def product_dtype(n_tokens: int, device: torch.device) -> torch.dtype:
     """What packed matrices are multiplied in: bf16 for many tokens where the device has units for it, else fp32."""

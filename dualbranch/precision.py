@@ -17,6 +17,8 @@ from dualbranch.packed import PackedEmbedding, PackedLinear
 BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
 #: What may have a precision of its own: the slow branch with the K/V projections, the fast branch, and embedding with head.
 PARTS = ("slow", "fast", "head")
+
+
 def parse_precision(text: str) -> dict[str, int]:
     """`"int8"` or `"slow=int8,fast=int4"` to bits per part; parts not named stay at 32. Raises ValueError, naming what is known."""
     if not isinstance(text, str):

@@ -19,10 +19,9 @@ from torch.func import functional_call
 
 from dualbranch.block import Block
 from dualbranch.cache import KVCache
-from dualbranch.layers import has_bf16_units
 from dualbranch.packed import PackedMatrix, logits_of, transposed
 from dualbranch.routing import Angles, Partition
-from kernels import SparseSpec
+from kernels import SparseSpec, has_bf16_units
 
 if TYPE_CHECKING:
     from dualbranch.model import DualBranchModel, ModelOutput

@@ -5,7 +5,7 @@ implementation, `*_triton.py` the GPU kernels, `backend.py` the choice between t
 effects and never imports Triton. `__version__` stays below 1: `transformers` probes for another package of this name and must not take ours for it.
 """
 
-from kernels.backend import get_backend, set_backend
+from kernels.backend import get_backend, has_bf16_units, set_backend
 from kernels.ops import dense_attention, paged_dense_attention, paged_sparse_attention, pool_keys, select_blocks, sparse_attention
 from kernels.paged import PagedKV, PagedWriter
 from kernels.spec import AttentionPlan, SparseSpec
@@ -19,6 +19,7 @@ __all__ = [
     "SparseSpec",
     "dense_attention",
     "get_backend",
+    "has_bf16_units",
     "paged_dense_attention",
     "paged_sparse_attention",
     "pool_keys",

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels import reference
+from kernels.backend import has_bf16_units
 from kernels.reference import pool_keys, upcast
 from kernels.spec import AttentionPlan, SparseSpec
 
@@ -103,7 +104,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal
 def _has_bf16_products(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether to compute by hand: a CPU's SDPA makes no use of its units for bf16, and products do. Without gradients."""
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and not trained and torch.cpu._is_avx512_bf16_supported()
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and not trained and has_bf16_units(q.device)
 
 
 def _prefix_in_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

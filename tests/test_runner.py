@@ -8,10 +8,9 @@ from conftest import make_tiny_model
 
 from dualbranch.cache import CacheFull
 from dualbranch.compiled import build, steps_folder, unavailable
-from dualbranch.layers import has_bf16_units
 from dualbranch.precision import quantize
 from dualbranch.runner import Runner, plain_steps
-from kernels import SparseSpec
+from kernels import SparseSpec, has_bf16_units
 
 DIALECTS = {
     "plain": {},

@@ -18,7 +18,7 @@ from dualbranch.checkpoint import load_checkpoint
 from dualbranch.distill import pipeline, stages, trainer
 from dualbranch.distill.config import OptimConfig, RunConfig
 from dualbranch.distill.main import main
-from dualbranch.distill.optim import lr_factor, orthogonalize
+from dualbranch.distill.optim import Muon, lr_factor, orthogonalize
 from dualbranch.distill.sources import BatchSource, Prefetcher
 from dualbranch.distill.teacher_cache import TeacherCache
 from dualbranch.model import DualBranchModel
@@ -331,6 +331,20 @@ def test_orthogonalize_brings_singular_values_near_one():
     s = torch.linalg.svdvals(orthogonalize(x))
     assert s.min() > 0.5 and s.max() < 1.4
     torch.testing.assert_close(orthogonalize(x.mT), orthogonalize(x).mT)
+
+
+def test_large_matrices_are_orthogonalised_in_bf16_only_where_there_are_units_for_it(monkeypatch):
+    found = {}
+    for units in (True, False):
+        monkeypatch.setattr("dualbranch.distill.optim.has_bf16_units", lambda device, units=units: units)
+        for side in (256, 64):
+            p = torch.nn.Parameter(torch.zeros(side, 256))
+            p.grad = torch.randn(side, 256, generator=torch.Generator().manual_seed(0))
+            Muon([p], lr=1.0).step()
+            found[units, side] = p.detach()
+    assert torch.equal(found[True, 64], found[False, 64]) and not torch.equal(found[True, 256], found[False, 256])
+    assert found[True, 256].dtype == torch.float32
+    assert torch.cosine_similarity(found[True, 256].flatten(), found[False, 256].flatten(), dim=0) > 0.999
 
 
 def test_learning_rate_warms_up_holds_and_decays():

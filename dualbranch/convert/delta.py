@@ -131,6 +131,5 @@ def load_delta(folder: Path, device: str | torch.device = "cpu", dtype: torch.dt
     return LoadedModel(model.eval(), base.tokenizer, folder, base.extra | manifest["extra"])
 
 
-
 def _names_of_base(config: DualBranchConfig) -> set[str]:
     return set(DualBranchModel.without_weights(dataclasses.replace(config, n_stem=config.n_layers, n_tail=0)).state_dict())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dualbranch.distill.config import OptimConfig
-from dualbranch.layers import has_bf16_units
+from kernels import has_bf16_units
 
 #: Quintic Newton-Schulz coefficients (Jordan et al. 2024): singular values go to [0.7, 1.2] within five steps.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

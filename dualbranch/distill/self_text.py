@@ -19,10 +19,10 @@ from rich.console import Console
 from dualbranch.checkpoint import write_text
 from dualbranch.distill import dist
 from dualbranch.distill.config import RunConfig
-from dualbranch.layers import has_bf16_units
 from dualbranch.model import DualBranchModel
 from dualbranch.sampling import draw
 from dualbranch.tokenizer import TokenizerBase
+from kernels import has_bf16_units
 
 #: Rows sampled at once.
 N_ROWS = 32

@@ -26,7 +26,7 @@ from dualbranch.data.packing import Rows
 from dualbranch.distill import dist
 from dualbranch.distill.config import OptimConfig
 from dualbranch.distill.optim import lr_factor, make_optimizers, set_lr
-from dualbranch.layers import has_bf16_units
+from kernels import has_bf16_units
 
 
 class NonFiniteLoss(RuntimeError):
