@@ -19,7 +19,7 @@ from dualbranch.cache import KVCache, NoCache
 from dualbranch.config import DualBranchConfig
 from dualbranch.gate import Calibration, GatingController
 from dualbranch.layers import Rope, ScaledEmbedding
-from dualbranch.packed import logits_of, product_dtype
+from dualbranch.packed import PackedLinear, logits_of, product_dtype
 from dualbranch.routing import Grid, Partition, TokenGroup
 from dualbranch.runner import Runner
 
@@ -104,11 +104,16 @@ class DualBranchModel(nn.Module):
 
     def cost(self, route: str | float = "slow", n_cached: int = 0) -> accounting.Cost:
         """Parameters, FLOPs and KV bytes of one token with `n_cached` tokens before it; `route` is "slow", "fast" or a share of slow tokens."""
-        return accounting.token_cost(self.config, route, n_cached, kv_element_bytes=self.norm.weight.element_size())
+        return accounting.token_cost(self.config, route, n_cached, kv_element_bytes=self.cache_dtype.itemsize)
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of keys and values in the cache: the model's, and bf16 where the matrices that make them are packed (what those lose in rounding is more)."""
+        return torch.bfloat16 if isinstance(self.blocks[0].kv.w_k, PackedLinear) else self.dtype
 
     def new_cache(self, n_rows: int, capacity: int) -> KVCache:
-        """An empty cache on this model's device and in its dtype."""
-        return KVCache(self.config, n_rows, capacity, self.dtype, self.device)
+        """An empty cache on this model's device and in `cache_dtype`."""
+        return KVCache(self.config, n_rows, capacity, self.cache_dtype, self.device)
 
     def forward(
         self,

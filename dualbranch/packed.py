@@ -27,8 +27,10 @@ LANES = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
 GROUP = 32
 #: Most tokens multiplied by the packed words as they are; for more the matrix is unpacked first.
 FEW = 8
-#: For the compiler: fuse unpacking into the product, however many operators that takes, and a product and a sum into one instruction.
+#: For the compiler: fuse unpacking into the product, however many operators that takes, and a product and a sum into one instruction; and leave
+#: attention as it is written (it would make it a call of scaled_dot_product_attention, which takes twice as long for one query).
 COMPILE_OPTIONS = {
+    "pattern_matcher": False,
     "realize_opcount_threshold": 1000,
     "realize_reads_threshold": 1000,
     "realize_acc_reads_threshold": 1000,
@@ -108,10 +110,10 @@ def unpacked(words: Tensor, scales: Tensor | None, bits: int) -> list[Tensor]:
 
 
 def transposed(bits: int, words: Tensor, scales: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A whole word matrix, unpacked: `(K', N')`."""
+    """A whole word matrix, unpacked: `(K', N' / L, L)`. (Compiled, it would be three times as slow if it joined the rows itself.)"""
     if bits == 8:
         scales = scales.view(-1, 1, LANES)
-    return join_columns([p.to(dtype).transpose(0, 1).flatten(1) for p in unpacked(words, scales, bits)], bits, 0)
+    return join_columns([p.to(dtype).transpose(0, 1) for p in unpacked(words, scales, bits)], bits, 0)
 
 
 class PackedMatrix(nn.Module):
@@ -173,7 +175,7 @@ class PackedMatrix(nn.Module):
 
     def transposed(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix, unpacked: `(K, N)`."""
-        return self.unpack(self.words, self.scales, dtype)[: self.n_columns, : self.n_rows]
+        return self.unpack(self.words, self.scales, dtype).flatten(1)[: self.n_columns, : self.n_rows]
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows `index (...)` int64, unpacked: `(..., K)` fp32."""

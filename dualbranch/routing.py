@@ -54,8 +54,8 @@ class TokenGroup:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pooled: Tensor | None, reads: SparseSpec | None) -> Tensor:
         """Attention of queries `q (N, H, D)` over keys and values `(B, S, Hk, D)`, all of them or what `reads` chooses: `(N, H, D)`."""
         q = self.to_grid(q)
-        if q.dtype != k.dtype:  # a cache may keep keys in another dtype than this pass computes in: what is less is converted
-            q, k, v = (q.to(k.dtype), k, v) if q.shape[1] == 1 else (q, k.to(q.dtype), v.to(q.dtype))
+        if q.dtype != k.dtype:  # a cache may keep keys in another dtype than this pass computes in: what is less is converted (a CPU computes in fp32)
+            q, k, v = (q.to(k.dtype), k, v) if q.shape[1] == 1 and q.is_cuda else (q, k.to(q.dtype), v.to(q.dtype))
         y = dense_attention(q, k, v, self.plan) if reads is None else sparse_attention(q, k, v, self.plan, reads, pooled)
         return self.from_grid(y)
 

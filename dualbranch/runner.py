@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,22 +19,27 @@ from torch.func import functional_call
 
 from dualbranch.block import Block
 from dualbranch.cache import KVCache
-from dualbranch.packed import PackedMatrix, logits_of, transposed
+from dualbranch.packed import PackedMatrix, kept, logits_of, transposed
 from dualbranch.routing import Angles, Partition
 from kernels import SparseSpec, has_bf16_units
 
 if TYPE_CHECKING:
     from dualbranch.model import DualBranchModel, ModelOutput
 
+#: More keys than any model reads densely by rule.
+MANY = 1 << 62
+
 
 @dataclass(frozen=True)
 class NewestToken:
     """The newest token of the only row as a group of queries: the interface of `routing.TokenGroup`, in operators that compile to a few loops.
 
-    It stands at `position (1,)`, the last of `n_keys`. `sparse`: whether it is beyond dense_len where its branch reads by a rule.
+    It stands at `position (1,)` among the first `n_keys` slots of the cache, whole blocks of `block_size`. `sparse`: whether it is beyond dense_len
+    where its branch reads by a rule.
     """
 
     n_keys: int
+    block_size: int
     position: Tensor
     cos: Tensor
     sin: Tensor
@@ -45,21 +50,28 @@ class NewestToken:
         return self.cos, self.sin
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pooled: Tensor, reads: SparseSpec | None) -> Tensor:
-        """Attention of `q (1, H, D)` over `k, v (1, C, Hk, D)`, of which the first `n_keys` hold tokens: `(1, H, D)`."""
+        """Attention of `q (1, H, D)` over `k, v (1, C, Hk, D)`, of which slots up to `position` hold tokens: `(1, H, D)`."""
         q = q.view(k.shape[2], -1, q.shape[-1])  # (Hk, G, D)
         if not self.sparse:
-            return read(q, *(x[0, : self.n_keys].transpose(0, 1) for x in (k, v)))
+            seen = torch.arange(self.n_keys, device=q.device) <= self.position
+            return read(q, k[0, : self.n_keys], v[0, : self.n_keys], seen[:, None], self.block_size)
         slots, seen = sparse_slots(q, pooled, self.position, reads)
-        head = torch.arange(k.shape[2], device=k.device)[:, None]
-        return read(q, *(x[0, slots, head] for x in (k, v)), seen)
+        head = torch.arange(k.shape[2], device=k.device)
+        return read(q, *(kept(x[0, slots.T, head]) for x in (k, v)), seen.T, len(slots[0]))
 
 
-def read(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
-    """Softmax attention of `q (Hk, G, D)` over `k, v (Hk, S, D)`, those with `seen (Hk, S)`: `(1, Hk * G, D)`."""
-    scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2))  # (Hk, G, S)
-    if seen is not None:
-        scores = scores.masked_fill(~seen[:, None], float("-inf"))
-    return torch.bmm(scores.softmax(-1), v).flatten(0, 1)[None]
+def read(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, together: int) -> Tensor:
+    """Softmax attention of `q (Hk, G, D)` over those of `k, v (S, Hk, D)` with `seen (S, Hk or 1)`, at least one: `(1, Hk * G, D)`, fp32.
+
+    Written as sums, a query head at a time, it compiles to loops that read keys and values once, as they lie, at the memory's speed. Products of
+    matrices with as few rows as G take twice as long, and scaled_dot_product_attention three times. Values are summed up `together` at a time,
+    a divisor of S: head by head, while a core's nearest cache holds them.
+    """
+    q, k, v = kept(q.float() * q.shape[-1] ** -0.5), k.float(), v.float().masked_fill(~seen[..., None], 0.0)
+    scores = torch.stack([(q_g * k).sum(-1) for q_g in q.unbind(1)]).masked_fill(~seen, float("-inf"))  # (G, S, Hk)
+    p = kept(kept(kept(scores).transpose(1, 2).contiguous()).softmax(-1)).transpose(1, 2)
+    v = v.unflatten(0, (-1, together))
+    return torch.stack([(p_g.unflatten(0, (-1, together))[..., None] * v).sum(1).sum(0) for p_g in p], 1).flatten(0, 1)[None]
 
 
 def sparse_slots(q: Tensor, pooled: Tensor, position: Tensor, spec: SparseSpec) -> tuple[Tensor, Tensor]:
@@ -88,7 +100,7 @@ class BlockStep(nn.Module):
     """One layer's work on the newest token, by one branch, with the weights it is given: `block` says only how.
 
     Called with the layer's `weights` by name, `x (1, E)`, `cos, sin`, the layer's cache `k, v (1, C, Hk, D)` and mean keys `pooled (1, N, Hk, D)`,
-    `keys (n_keys,)` whose length alone matters, and `position (1,)` int64. Writes key, value, and the mean key of the selection block the token
+    `blocks (n,)` whose length alone matters, that of the selection blocks begun, and `position (1,)` int64. Writes key, value, and the mean key of the selection block the token
     belongs to (meaningful once that is complete); returns `(1, E)`.
     """
 
@@ -103,32 +115,31 @@ class BlockStep(nn.Module):
         return {name: t.detach() for name, t in (*block.named_parameters(), *block.named_buffers()) if not name.startswith(other)}
 
     def forward(
-        self, weights: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, pooled: Tensor, keys: Tensor, position: Tensor
+        self, weights: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, pooled: Tensor, blocks: Tensor, position: Tensor
     ) -> Tensor:
-        token = NewestToken(keys.shape[0], position, cos, sin, self.sparse)
+        token = NewestToken(blocks.shape[0] * self.block_size, self.block_size, position, cos, sin, self.sparse)
 
         def store(new_k: Tensor, new_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             for cached, new in ((k, new_k), (v, new_v)):
-                cached.index_copy_(1, position, new[None])
+                cached.index_copy_(1, position, new[None].to(cached.dtype))
             block = position // self.block_size
             own = block * self.block_size + torch.arange(self.block_size, device=x.device)
-            pooled.index_copy_(1, block, k[:, own].mean(1, keepdim=True))
+            pooled.index_copy_(1, block, k[:, own].float().mean(1, keepdim=True))
             return k, v, pooled
 
         partition = Partition(token if self.slow else None, None if self.slow else token, None, cos, sin)
         return functional_call(self.how[0], weights, (x, partition, store))
 
 
-class LogitsStep(nn.Module):
-    """Final norm and head with the weights it is given: `(1, E) -> (1, V)`."""
+class EndStep(nn.Module):
+    """What stands before or behind the blocks, `end`, with the weights it is given: embedding `(1,) -> (1, E)`, or final norm and head `(1, E) -> (1, V)`."""
 
-    def __init__(self, model: DualBranchModel) -> None:
+    def __init__(self, end: nn.Module) -> None:
         super().__init__()
-        self.how = (_Head(model),)
+        self.how = (end,)
 
-    def weights_of(self, model: DualBranchModel) -> dict[str, Tensor]:
-        head = _Head(model)
-        return {name: t.detach() for name, t in (*head.named_parameters(), *head.named_buffers())}
+    def weights_of(self, end: nn.Module) -> dict[str, Tensor]:
+        return {name: t.detach() for name, t in (*end.named_parameters(), *end.named_buffers())}
 
     def forward(self, weights: dict[str, Tensor], x: Tensor) -> Tensor:
         return functional_call(self.how[0], weights, (x,))
@@ -166,20 +177,29 @@ def unpack_name(bits: int, dtype: torch.dtype) -> str:
 
 
 def plain_steps(model: DualBranchModel) -> dict[str, nn.Module]:
-    """Every step that decoding with `model` may need, uncompiled: of its blocks by name, `logits`, and `unpackB` of each packed width B,
+    """Every step that decoding with `model` may need, uncompiled: of its blocks by name, `embed`, `logits`, and `unpackB` of each packed width B,
     where the CPU has units for bf16 also `unpackB-bf16`."""
     steps: dict[str, nn.Module] = {}
     for block in model.blocks:
         for slow in (True, False):
             if (block.slow if slow else block.fast) is not None:
-                for n_keys in (1, 1 << 62):
+                for n_keys in (1, MANY):
                     name = step_name(block, slow, n_keys)
                     steps.setdefault(name, BlockStep(block, slow, name.endswith("sparse"), model.config.sparse.block_size))
-    steps["logits"] = LogitsStep(model)
+    steps |= {"embed": EndStep(model.embed), "logits": EndStep(_Head(model))}
     for bits in sorted({m.bits for m in model.modules() if isinstance(m, PackedMatrix)}):
         for dtype in (torch.float32, torch.bfloat16)[: 1 + has_bf16_units(model.device)]:
             steps[unpack_name(bits, dtype)] = Unpack(bits, dtype)
     return steps
+
+
+class Layer(NamedTuple):
+    """A layer's weights by one of its branches, and its step up to `dense_len` keys and beyond."""
+
+    weights: dict[str, Tensor]
+    dense: Callable
+    sparse: Callable
+    dense_len: int
 
 
 class Runner:
@@ -187,19 +207,21 @@ class Runner:
     but that packed matrices unpack themselves by the steps given."""
 
     def __init__(self, model: DualBranchModel, steps: Mapping[str, Callable]) -> None:
-        plain = plain_steps(model)
+        plain, c = plain_steps(model), model.config
         self.model, self.steps = model, steps
-        self.weights = [
-            {slow: BlockStep(block, slow, False, 1).weights_of(block) for slow in (True, False) if (block.slow if slow else block.fast) is not None}
-            for block in model.blocks
-        ]
-        self.logits = partial(steps["logits"], plain["logits"].weights_of(model))
+        self.layers = [{slow: self._layer(block, slow) for slow in (True, False) if (block.slow if slow else block.fast) is not None} for block in model.blocks]
+        self.embed = partial(steps["embed"], plain["embed"].weights_of(model.embed))
+        self.logits = partial(steps["logits"], plain["logits"].weights_of(_Head(model)))
         for module in model.modules():
             if isinstance(module, PackedMatrix):
                 module.unpack = partial(self._unpack, module.bits)
-        c = model.config
-        self.keys = torch.zeros(c.max_seq_len, dtype=torch.int8)
         self.scratch = torch.zeros(1, -(-c.max_seq_len // c.sparse.block_size), c.n_kv_heads, c.head_dim)  # mean keys of layers that choose no blocks
+
+    def _layer(self, block: Block, slow: bool) -> Layer:
+        """A layer by one of its branches."""
+        dense, sparse = (self.steps[step_name(block, slow, n_keys)] for n_keys in (1, MANY))
+        reads = (block.slow if slow else block.fast).reads
+        return Layer(BlockStep(block, slow, False, 1).weights_of(block), dense, sparse, MANY if reads is None else reads.dense_len)
 
     def _unpack(self, bits: int, words: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
         return self.steps[unpack_name(bits, dtype)](words, scales)
@@ -213,19 +235,19 @@ class Runner:
         """As `DualBranchModel.forward` of `tokens (1, 1)`; `decide(x)` gives `g` and `use_slow` from the stem's output. Advances the cache."""
         from dualbranch.model import ModelOutput
 
-        model, c, n_keys = self.model, self.model.config, int(cache.n_cached[0]) + 1
-        writer = cache.writer(torch.ones(1, dtype=torch.int64), 1)  # raises CacheFull
-        position, keys = writer.dest, self.keys[:n_keys]
-        angles, sliding = (None if rope is None else rope(position, n_keys) for rope in (model.rope, model.sliding_rope))
-        x = model.embed(tokens[0])
+        model, c = self.model, self.model.config
+        slot = cache.next_slot()
+        position, blocks = torch.tensor([slot]), self.scratch[0, : slot // c.sparse.block_size + 1, 0, 0]
+        angles, sliding = (None if rope is None else rope(position, slot + 1) for rope in (model.rope, model.sliding_rope))
+        x = self.embed(tokens[0])
         slow, g, use_slow = True, None, None
-        for i, block in enumerate(model.blocks):
+        for i, layers in enumerate(self.layers):
             if i == c.n_stem:
                 g, use_slow = decide(x)
                 slow = use_slow is None or bool(use_slow)
-            by_slow = slow or i not in c.dual_layers
-            step = self.steps[step_name(block, by_slow, n_keys)]
-            cos_sin = sliding if block.sliding and sliding is not None else angles
-            x = step(self.weights[i][by_slow], x, *cos_sin, cache.k[i], cache.v[i], cache.pooled.get(i, self.scratch), keys, position)
-        writer.advance(use_slow)
+            weights, dense, sparse, dense_len = layers[slow or i not in c.dual_layers]
+            cos_sin = sliding if sliding is not None and i in c.sliding_layers else angles
+            step = sparse if slot >= dense_len else dense
+            x = step(weights, x, *cos_sin, cache.k[i], cache.v[i], cache.pooled.get(i, self.scratch), blocks, position)
+        cache.fill_slot(slow)
         return ModelOutput(self.logits(x)[None], x[None], g, use_slow)

@@ -172,6 +172,13 @@ def test_many_tokens_are_multiplied_in_bf16_only_where_there_are_units_for_it(bi
     assert torch.equal(multiply(matrix, x), exact)
 
 
+def test_the_cache_is_exact_where_the_weights_of_keys_and_values_are():
+    for precision, dtype in (("fp32", torch.float32), ("fast=int4,head=int8", torch.float32), ("bf16", torch.bfloat16), ("slow=int8", torch.bfloat16)):
+        model = quantize(make_tiny_model(400), precision)
+        assert model.new_cache(1, 8).k[0].dtype == dtype, precision
+        assert model.cost("slow").kv_bytes * 4 == make_tiny_model(400).cost("slow").kv_bytes * dtype.itemsize
+
+
 def test_a_quantized_model_prefills_in_bf16_and_caches_what_decoding_reads(monkeypatch):
     """Whole, in chunks of many tokens, and token by token: the same but for rounding, on every route."""
     tokens = torch.randint(10, 400, (1, 60), generator=torch.Generator().manual_seed(2))
@@ -183,6 +190,6 @@ def test_a_quantized_model_prefills_in_bf16_and_caches_what_decoding_reads(monke
             cache = model.new_cache(1, 64)
             with torch.no_grad():
                 logits[size] = torch.cat([model(part, route, cache=cache).logits for part in tokens.split(size, 1)], 1)
-            assert cache.k[0].dtype == torch.float32
+            assert cache.k[0].dtype == torch.bfloat16
         assert 0 < (logits[60] - logits[1]).norm() / logits[1].norm() < 0.03
         assert (logits[20] - logits[1]).norm() / logits[1].norm() < 0.03
