@@ -88,7 +88,7 @@ def sparse_slots(q: Tensor, pooled: Tensor, position: Tensor, spec: SparseSpec) 
     start = torch.arange(pooled.shape[1], device=device) * spec.block_size
     end = start + spec.block_size
     selectable = (end <= position + 1) & (start <= before_window) & (end > spec.n_sinks)
-    scores = (q.sum(1)[:, None] * pooled[0].transpose(0, 1)).sum(-1).masked_fill(~selectable, float("-inf"))  # (Hk, N)
+    scores = (kept(q.sum(1))[:, None] * pooled[0].transpose(0, 1)).sum(-1).masked_fill(~selectable, float("-inf"))  # (Hk, N)
     best, block = F.pad(scores, (0, spec.n_selected_blocks), value=float("-inf")).topk(spec.n_selected_blocks, dim=-1)
     tokens = block[..., None] * spec.block_size + torch.arange(spec.block_size, device=device)
     far = (best > float("-inf"))[..., None] & (tokens >= spec.n_sinks) & (tokens <= before_window)

@@ -7,7 +7,8 @@ Ways through, chosen by shape alone:
 - gathered: the same with copies of what is read; for decode elsewhere, and where gradients are wanted;
 - by row (`_by_row`): prefill of longer rows. Queries that see few keys use a mask over just those keys; the rest meet
   only the blocks they read.
-Arguments are checked already. bf16 on a CPU is computed in fp32, which is far faster there, but for a whole prefix where the CPU has units for bf16.
+Arguments are checked already. bf16 on a CPU is computed in fp32, which is far faster there, but for products of whole prefixes and with masks where the
+CPU has units for bf16.
 """
 
 import warnings
@@ -28,13 +29,14 @@ MASK_ELEMENTS = 1 << 22  # most (T x S) mask entries per row alive at once in a 
 CACHED_MASK_ELEMENTS = 1 << 26  # masks of a plan are kept for the next layer up to this size
 MASKED_ELEMENTS = 1 << 19  # rows with T * S up to this take the masked way
 MASKED_RATIO = 3  # in the by-row way, a mask beats turning round until a query sees this many times the keys it reads
+MASKED_RATIO_BF16 = 8  # the same where masked products are in bf16 and the others are not
 MASKED_QUERIES = 128  # queries per mask there: small, so that keys after them are trimmed off
 SELECT_QUERIES = 256  # queries that choose blocks at once: their scores stay in the cache
 CHUNK_QUERIES = 1024  # sparse queries that are turned round at once: the more, the more of them meet in a block
 BAND_QUERIES = 512  # of which so many at once have all of their scores in memory
 GATHERED_ELEMENTS = 1 << 18
 DENSE_QUERIES = 1024
-PREFIX_QUERIES = 256  # queries per chunk of a whole prefix in bf16
+PREFIX_QUERIES = 64  # queries per chunk of a whole prefix in bf16: their scores stay in the cache
 DOCUMENT_QUERIES = 144  # queries per chunk of dense attention over packed documents
 FEW_QUERIES = 16  # calls with up to this many queries per row go by index or gather
 SORTED_SCORES = 1 << 12  # so few block scores are sorted whole: one operator instead of the seven of a topk with ties
@@ -234,7 +236,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec:
     B, T, H, D = q.shape
     if plan.all_dense(spec.dense_len):
         return dense_attention(q, k, v, plan)
-    if T > FEW_QUERIES and T * (plan.max_pos + 1) > MASKED_ELEMENTS:
+    if T > FEW_QUERIES and (T * (plan.max_pos + 1) > MASKED_ELEMENTS or _has_bf16_products(q, k, v)):
         return _by_row(q, k, v, plan, spec, pooled)
     if pooled is None:
         pooled = pool_keys(k.detach(), spec.block_size)
@@ -500,8 +502,8 @@ class _SparseChunk(NamedTuple):
     bands: list[_Band]  # of each BAND_QUERIES queries
 
 
-def _split_rows(plan: AttentionPlan, spec: SparseSpec) -> list[tuple[list[_DenseChunk], list[_SparseChunk], list[_SparseChunk]]]:
-    """Each row's dense, masked and sparse chunks."""
+def _split_rows(plan: AttentionPlan, spec: SparseSpec, by_hand: bool) -> list[tuple[list[_DenseChunk], list[_SparseChunk], list[_SparseChunk]]]:
+    """Each row's dense, masked and sparse chunks. `by_hand`: masked ones are computed in bf16."""
     n_keys_read = spec.n_sinks + spec.window + spec.n_selected_blocks * spec.block_size
     rows = []
     for b in range(plan.q_pos.shape[0]):
@@ -511,7 +513,7 @@ def _split_rows(plan: AttentionPlan, spec: SparseSpec) -> list[tuple[list[_Dense
         pos, start = q_pos[order], doc_start[order]
         is_dense = pos - start < spec.dense_len
         first, stop = _selectable_range(pos, start, spec)
-        masked = (pos - start < MASKED_RATIO * n_keys_read) | (stop - first < spec.n_selected_blocks)
+        masked = (pos - start < (MASKED_RATIO_BF16 if by_hand else MASKED_RATIO) * n_keys_read) | (stop - first < spec.n_selected_blocks)
         dense = [_make_dense_chunk(i, q_pos, doc_start) for i in _parts(order[is_dense], DENSE_QUERIES)]
         few, many = order[~is_dense & masked], order[~is_dense & ~masked]
         few = [_make_sparse_chunk(i, q_pos, doc_start, spec, False) for i in _parts_of_documents(few, doc_start, MASKED_QUERIES)]
@@ -583,7 +585,9 @@ def _by_row(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSp
     G = H // Hk
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     run = checkpoint if trained else _call
-    dtype, q, k, v = q.dtype, _compute(q), _compute(k), _compute(v)
+    dtype, by_hand = q.dtype, _has_bf16_products(q, k, v)
+    if not by_hand:
+        q, k, v = _compute(q), _compute(k), _compute(v)
     pooled = pool_keys(k[:, : plan.max_pos + 1].detach(), bs) if pooled is None else upcast(pooled.detach())
     out = torch.zeros_like(q) if plan.has_padding else torch.empty_like(q)
     parts = []  # what is trained is put together at the end: a write into `out` would copy all of its gradient
@@ -592,22 +596,26 @@ def _by_row(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSp
         if trained:
             parts.append(((b * T + index)[:, None] * H + torch.arange(H, device=q.device)[heads], x))
         else:
-            out[b, :, heads].index_copy_(0, index, x)
+            out[b, :, heads].index_copy_(0, index, x.to(out.dtype))
 
-    for b, (dense, masked, sparse) in enumerate(plan.cached(("rows", spec), lambda: _split_rows(plan, spec))):
+    for b, (dense, masked, sparse) in enumerate(plan.cached(("rows", spec, by_hand), lambda: _split_rows(plan, spec, by_hand))):
         qb, kb, vb, pooled_b = q[b], k[b], v[b], pooled[b].transpose(0, 1)
         for chunk in dense:
             write(b, chunk.index, slice(None), _dense_chunk(qb.index_select(0, chunk.index), kb, vb, chunk))
+        if masked and by_hand:
+            turned, read_masked = (kb.permute(1, 2, 0).contiguous(), vb.transpose(0, 1).contiguous()), _read_masked_by_hand
+        else:
+            turned, read_masked = (kb, vb), _read_masked
         for chunk in masked:
             qc = qb.index_select(0, chunk.index)
-            q_sum = qc.detach().view(-1, Hk, G, D).sum(2).transpose(0, 1)
-            write(b, chunk.index, slice(None), run(_read_masked, qc, kb, vb, _choose(q_sum, pooled_b, chunk, spec), chunk, spec, use_reentrant=False))
+            q_sum = upcast(qc.detach()).view(-1, Hk, G, D).sum(2).transpose(0, 1)
+            write(b, chunk.index, slice(None), run(read_masked, qc, *turned, _choose(q_sum, pooled_b, chunk, spec), chunk, spec, use_reentrant=False))
         for h in range(Hk) if sparse else ():
             n = max(chunk.highest + 1 for chunk in sparse)
-            k_h, v_h = kb[:, h], vb[:n, h].contiguous()
+            k_h, v_h = _compute(kb[:, h]), _compute(vb[:n, h]).contiguous()
             k_blocks = k_h[: n // bs * bs].reshape(-1, bs, D).transpose(1, 2).contiguous()  # (n // bs, D, bs)
             for chunk in sparse:
-                qc = qb[:, h * G : (h + 1) * G].index_select(0, chunk.index)  # (Tc, G, D)
+                qc = _compute(qb[:, h * G : (h + 1) * G].index_select(0, chunk.index))  # (Tc, G, D)
                 ids = _choose(qc.detach().sum(1), pooled_b[h], chunk, spec)
                 write(b, chunk.index, slice(h * G, (h + 1) * G), run(_read_chunk, qc, k_h, v_h, k_blocks, ids, chunk, spec, use_reentrant=False))
     if trained:
@@ -647,28 +655,52 @@ def _dense_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: _DenseChunk) -> Tensor:
         s = torch.arange(chunk.lo, chunk.hi, device=q.device)
         mask = ((s <= chunk.q_pos[:, None]) & (s >= chunk.doc_start[:, None]))[None, None]
     k, v = (x[None, chunk.lo : chunk.hi] for x in (k, v))
+    if chunk.is_prefix and _has_bf16_products(q, k, v):
+        return _prefix_in_bf16(q[None], k, v)[0]
     return _sdpa(q.unsqueeze(0), k, v, mask, chunk.is_prefix)[0]
+
+
+def _masked_range(chunk: _SparseChunk, spec: SparseSpec) -> tuple[int, int]:
+    """The keys [lo, hi) that hold all a masked chunk reads."""
+    if spec.n_sinks == spec.n_selected_blocks == 0:  # a window alone: the keys before it are left out
+        return max(chunk.doc_start, (chunk.lowest - spec.window + 1) // spec.block_size * spec.block_size), chunk.highest + 1
+    return chunk.doc_start, chunk.highest + 1
+
+
+def _bias(block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec, dtype: torch.dtype) -> Tensor:
+    """(Hk, Tc, hi - lo) of `_masked_range`: 0 for keys that a query reads, -inf for others; from block_ids (Hk, Tc, M)."""
+    Hk, Tc, bs = *block_ids.shape[:2], spec.block_size
+    lo, hi = _masked_range(chunk, spec)
+    first, n_blocks = lo // bs, -(-(hi - lo) // bs)
+    ids = torch.where(block_ids < 0, n_blocks, block_ids - first)  # the last column takes the -1s
+    blocks = torch.full((Hk, Tc, n_blocks + 1), float("-inf"), dtype=dtype, device=ids.device).scatter_(-1, ids, 0.0)[..., :n_blocks]
+    bias = blocks.unsqueeze(-1).expand(-1, -1, -1, bs).contiguous().flatten(2)[..., : hi - lo]  # chosen blocks are complete: no key of the future
+    s, pos = torch.arange(lo, hi, device=ids.device), chunk.q_pos[:, None]
+    window = max(0, chunk.lowest - spec.window + 1 - lo)
+    bias[..., window:].masked_fill_((s[window:] > pos - spec.window) & (s[window:] <= pos), 0.0)
+    bias[..., : spec.n_sinks].masked_fill_(s[: spec.n_sinks] <= pos, 0.0)
+    return bias
 
 
 def _read_masked(q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec) -> Tensor:
     """q (Tc, H, D) over all that k, v (S, Hk, D) hold of the document, with a mask from block_ids (Hk, Tc, M) -> (Tc, H, D)."""
     Tc, H, D = q.shape
-    Hk, bs = k.shape[1], spec.block_size
-    G, lo, hi = H // Hk, chunk.doc_start, chunk.highest + 1
-    if spec.n_sinks == spec.n_selected_blocks == 0:  # a window alone: the keys before it are left out
-        lo = max(lo, (chunk.lowest - spec.window + 1) // bs * bs)
-    first, n_blocks = lo // bs, -(-(hi - lo) // bs)
-    ids = torch.where(block_ids < 0, n_blocks, block_ids - first)  # the last column takes the -1s
-    blocks = q.new_full((Hk, Tc, n_blocks + 1), float("-inf")).scatter_(-1, ids, 0.0)[..., :n_blocks]
-    bias = blocks.unsqueeze(-1).expand(-1, -1, -1, bs).contiguous().flatten(2)[..., : hi - lo]  # chosen blocks are complete: no key of the future
-    s, pos = torch.arange(lo, hi, device=q.device), chunk.q_pos[:, None]
-    window = max(0, chunk.lowest - spec.window + 1 - lo)
-    bias[..., window:].masked_fill_((s[window:] > pos - spec.window) & (s[window:] <= pos), 0.0)
-    bias[..., : spec.n_sinks].masked_fill_(s[: spec.n_sinks] <= pos, 0.0)
-    bias = bias.unsqueeze(1).expand(-1, G, -1, -1)  # (Hk, G, Tc, hi - lo)
+    Hk, (lo, hi) = k.shape[1], _masked_range(chunk, spec)
+    G = H // Hk
+    bias = _bias(block_ids, chunk, spec, q.dtype).unsqueeze(1).expand(-1, G, -1, -1)  # (Hk, G, Tc, hi - lo)
     qg = q.view(Tc, Hk, G, D).permute(1, 2, 0, 3)
     kg, vg = (x[lo:hi].transpose(0, 1).unsqueeze(1).expand(-1, G, -1, -1) for x in (k, v))
     return F.scaled_dot_product_attention(qg, kg, vg, attn_mask=bias).permute(2, 0, 1, 3).reshape(Tc, H, D)
+
+
+def _read_masked_by_hand(q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec) -> Tensor:
+    """The same in bf16, as two products and a softmax: k (Hk, D, S), v (Hk, S, D)."""
+    Tc, H, D = q.shape
+    Hk, (lo, hi) = k.shape[0], _masked_range(chunk, spec)
+    qg = (q * D**-0.5).view(Tc, Hk, -1, D).permute(1, 2, 0, 3).reshape(Hk, -1, D)
+    scores = torch.bmm(qg, k[:, :, lo:hi]).view(Hk, -1, Tc, hi - lo)
+    scores += _bias(block_ids, chunk, spec, q.dtype).unsqueeze(1)
+    return torch.bmm(scores.softmax(-1).flatten(1, 2), v[:, lo:hi]).view(Hk, -1, Tc, D).permute(2, 0, 1, 3).reshape(Tc, H, D)
 
 
 def _read_chunk(q: Tensor, k: Tensor, v: Tensor, k_blocks: Tensor, block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec) -> Tensor:

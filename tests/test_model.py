@@ -307,6 +307,38 @@ def test_rope_scaling_keeps_short_wavelengths_and_stretches_long_ones(kind):
     assert amplitude == pytest.approx(1.2079 if kind == "yarn" else 1.0, abs=1e-4)
 
 
+def test_yarn_is_exact_up_to_131072_positions():
+    """cos and sin at far positions, where angles multiplied in fp32 are off by a hundredth; a model decodes there what one pass gives."""
+    from dualbranch import RopeScaling
+    from dualbranch.layers import Rope, rope_frequencies
+
+    scaling = RopeScaling(kind="yarn", factor=16.0, original_max_seq_len=8192)
+    config = dataclasses.replace(CONFIG, max_seq_len=131_072, rope_theta=100_000.0, rope_scaling=scaling)
+    positions = torch.tensor([0, 8191, 100_003, 131_071])
+    freq, amplitude = rope_frequencies(config.head_dim, config.rope_theta, scaling)
+    cos, sin = Rope(config)(positions, 131_072)
+    angle = positions.double()[:, None] * freq
+    half = config.head_dim // 2
+    torch.testing.assert_close(cos[:, 0, :half].double(), angle.cos() * amplitude, rtol=0, atol=1e-7)
+    torch.testing.assert_close(sin[:, 0, half:].double(), angle.sin() * amplitude, rtol=0, atol=1e-7)
+    model = DualBranchModel(config)
+    model.init_weights(0)
+    t = torch.randint(10, 64, (1, 8), generator=torch.Generator().manual_seed(0))
+    for route in ("slow", "fast"):
+        cache = model.new_cache(1, 131_072)
+        with torch.no_grad():
+            for k, v in zip(cache.k, cache.v, strict=True):
+                k[:, :131_064].normal_()
+                v[:, :131_064].normal_()
+            for pooled in cache.pooled.values():
+                pooled.normal_()
+            cache.n_cached.fill_(131_064)
+            at_once = model(t, route, cache=cache).logits
+            cache.truncate(131_064)
+            one_by_one = torch.cat([model(t[:, i : i + 1], route, cache=cache).logits for i in range(8)], 1)
+        torch.testing.assert_close(one_by_one, at_once, rtol=1e-3, atol=1e-4)
+
+
 def test_user_errors_name_what_to_change():
     t = tokens(1, 5)
     with pytest.raises(ValueError, match=r"unknown route 'turbo'.*slow, fast, auto, soft"):

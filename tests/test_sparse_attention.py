@@ -276,6 +276,29 @@ def test_bf16_stays_close_to_fp32(way):
     assert_same(out.float(), reference.sparse_attention(q.float(), k.float(), v.float(), whole(90), SPEC), 2e-2)
 
 
+@pytest.mark.parametrize("ratio", [0, 1, 1 << 40])
+@pytest.mark.parametrize(("H", "Hk"), [(4, 2), (3, 1), (9, 3)])
+def test_products_in_bf16_stay_close_to_fp32(monkeypatch, ratio, H, Hk):
+    """Where a CPU has units for bf16: packed documents, padding, and a prompt behind what is cached; none of it masked is read."""
+    monkeypatch.setattr("kernels.blockwise.has_bf16_units", lambda device: True)
+    monkeypatch.setattr("kernels.blockwise.MASKED_RATIO_BF16", ratio)
+    monkeypatch.setattr("kernels.blockwise.MASKED_QUERIES", 32)
+    t = torch.arange(90)
+    plans = {
+        "whole": whole(90, 2),
+        "documents": AttentionPlan(torch.stack([t, t]), 90, torch.stack([t // 48 * 48, t * 0])),
+        "padded": AttentionPlan(torch.stack([t, torch.where(t < 70, t, -1)]), 90),
+        "behind": AttentionPlan(torch.stack([t + 60, t + 60]), 150),
+    }
+    for name, plan in plans.items():
+        q, k, v = make(2, 90, plan.n_keys, H, Hk, 8, dtype=torch.bfloat16)
+        expected = reference.sparse_attention(q.float(), k.float(), v.float(), plan, SPEC)
+        with torch.no_grad():
+            out = sparse_attention(q, k, v, plan, SPEC)
+        assert out.dtype == torch.bfloat16
+        assert (out.float() - expected).norm() < 0.01 * expected.norm(), name
+
+
 def test_two_runs_are_bit_equal(way):
     q, k, v = make(1, 90, 90, 4, 2, 8)
     runs = [values_and_grads(lambda *x: sparse_attention(*x, whole(90), SPEC), q, k, v) for _ in range(2)]
