@@ -1,8 +1,8 @@
 """Decoding far into a long context: python benchmarks/long_context.py [RUN] [--precision int4] [--lengths 2048 8192 32768]
 
-Seconds per token and bytes of the cache, by route. The rotary frequencies are stretched by YaRN where a length exceeds the model's own. Up to `--read` tokens of
-context are really read (their prefill is timed); behind a longer one, keys and values are random numbers, which cost as much to read. What is decoded is
-checked first, where the context is real: compiled, it is what one pass gives.
+Seconds per token and bytes of the cache, by route. The rotary frequencies are stretched by YaRN where a length exceeds the model's own. Contexts of up to
+`--read` tokens are really read (their prefill is timed); in longer ones keys and values are random numbers, which cost as much to read. What is decoded is
+checked where the context is real: compiled, it is what one pass gives.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for text in random.Random(0).sample(load_corpus("wikipedia", "test"), k=8):
         ids += loaded.tokenizer.encode(text)
     tokens, rows, info = torch.tensor([ids]), [], about(model)
-    table = Table("context", "route", "slow", "prefill, s", "ms per token", "cache, MB", title=f"{args.run}, {args.precision}, {info['device']}, {args.threads} threads")
+    title = f"{args.run}, {args.precision}, {info['device']}, {args.threads} threads"
+    table = Table("context", "route", "slow", "prefill, s", "ms per token", "cache, MB", title=title)
     for n in args.lengths:
         real = n <= min(args.read, tokens.shape[1] - args.steps)
         for route in args.routes:
@@ -98,7 +99,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 if error > DECODE_ERROR:
                     raise SystemExit(f"{n} tokens, route {route}: decoded logits differ from those of one pass by {error:.2g} standard deviations")
             ms, share = spread([1e3 * s for s in seconds]), float(cache.from_slow[0, n : n + args.steps].double().mean())
-            rows.append({"context": n, "route": route, "slow_share": share, "prefill_s": prefill if real else None, "ms_per_token": ms, "cache_bytes": cache.n_bytes()})
+            row = {"context": n, "route": route, "slow_share": share, "prefill_s": prefill if real else None}
+            rows.append(row | {"ms_per_token": ms, "cache_bytes": cache.n_bytes()})
             cells = (f"{prefill:.2f}" if real else "-", f"{ms['median']:.2f} ({ms['low']:.2f} to {ms['high']:.2f})", f"{cache.n_bytes() / 1e6:.0f}")
             table.add_row(f"{n:,}", route, f"{share:.2f}", *cells)
     Console(width=110).print(table)

@@ -100,8 +100,8 @@ class BlockStep(nn.Module):
     """One layer's work on the newest token, by one branch, with the weights it is given: `block` says only how.
 
     Called with the layer's `weights` by name, `x (1, E)`, `cos, sin`, the layer's cache `k, v (1, C, Hk, D)` and mean keys `pooled (1, N, Hk, D)`,
-    `blocks (n,)` whose length alone matters, that of the selection blocks begun, and `position (1,)` int64. Writes key, value, and the mean key of the selection block the token
-    belongs to (meaningful once that is complete); returns `(1, E)`.
+    `blocks (n,)` whose length alone matters, that of the selection blocks begun, and `position (1,)` int64. Writes key, value, and the mean key of
+    the selection block the token belongs to (meaningful once that is complete); returns `(1, E)`.
     """
 
     def __init__(self, block: Block, slow: bool, sparse: bool, block_size: int) -> None:

@@ -42,10 +42,13 @@ class SamplingParams:
 
 
 GREEDY = SamplingParams()
+#: So many of the most probable tokens are looked at first; filters rarely keep more, and sorting a large vocabulary takes longer than a small model's pass.
+HEADS = (256, 4096)
 
 
 def filtered_probs(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The distribution that `sample` draws from: `probs (B, V)` fp64, most probable first and zero where filtered, and `ids (B, V)`.
+    """The distribution that `sample` draws from: `probs (B, n)` fp64, most probable first and zero where filtered, and `ids (B, n)`. Tokens not among
+    them have none. (Without a filter: all tokens, in order of their ids.)
 
     Each filter reads the tempered distribution of all tokens, and a token must pass all of them, so their order plays no role:
     `top_k`, the k most probable (ties: lower id first); `top_p`, the shortest head whose mass reaches top_p; `min_p`, at least
@@ -53,14 +56,28 @@ def filtered_probs(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tens
     """
     logits = logits.double()
     probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / params.temperature, -1)
-    probs, ids = probs.sort(dim=-1, descending=True, stable=True)
-    keep = probs >= params.min_p * probs[:, :1]
-    if params.top_k:
-        keep[:, params.top_k :] = False
-    if params.top_p < 1.0:
-        keep &= probs.cumsum(-1) - probs < params.top_p  # mass before this token
-    probs = probs * keep
-    return probs / probs.sum(-1, keepdim=True), ids
+    if not params.top_k and params.top_p == 1.0 and not params.min_p:
+        return probs, torch.arange(probs.shape[-1], device=probs.device).expand_as(probs)
+    for n in (*(n for n in HEADS if n < probs.shape[-1]), probs.shape[-1]):
+        head, ids = most_probable(probs, n)
+        keep = head >= params.min_p * head[:, :1]
+        if params.top_k:
+            keep[:, params.top_k :] = False
+        if params.top_p < 1.0:
+            keep &= head.cumsum(-1) - head < params.top_p  # mass before this token
+        if n == probs.shape[-1] or not (keep & (head == head[:, -1:])).any():  # what is kept ends before the head does, and before its last ties
+            break
+    head = head * keep
+    return head / head.sum(-1, keepdim=True), ids
+
+
+def most_probable(probs: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n highest of `probs (B, V)`, descending, ties by id, and their ids. (Among those equal to the last, which ones is left open unless n is V.)"""
+    if n == probs.shape[-1]:
+        return probs.sort(dim=-1, descending=True, stable=True)
+    ids = probs.topk(n, dim=-1, sorted=False).indices.sort(-1).values
+    head, order = probs.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return head, ids.gather(-1, order)
 
 
 def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
@@ -84,7 +101,7 @@ def token_probs(logits: Tensor, params: SamplingParams) -> Tensor:
     if params.temperature == 0.0:
         return one_hot(logits.argmax(-1), logits.shape[-1]).double()
     probs, ids = filtered_probs(logits, params)
-    return torch.zeros_like(probs).scatter(-1, ids, probs)
+    return torch.zeros(logits.shape, dtype=probs.dtype, device=probs.device).scatter(-1, ids, probs)
 
 
 def draw(weights: Tensor, u: Tensor) -> Tensor:

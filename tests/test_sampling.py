@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -37,10 +38,12 @@ def brute_force(logits: list[float], params: SamplingParams) -> dict[int, float]
     top_k=st.integers(0, 13),
     top_p=st.sampled_from([0.013, 0.31, 0.77, 0.93, 1.0]),
     min_p=st.sampled_from([0.0, 0.0123, 0.21, 0.9, 1.0]),
+    heads=st.sampled_from([(256, 4096), (1, 3), (2, 5)]),
 )
-def test_filtered_distribution_equals_brute_force(logits, temperature, top_k, top_p, min_p):
+def test_filtered_distribution_equals_brute_force(logits, temperature, top_k, top_p, min_p, heads):
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    probs, ids = filtered_probs(torch.tensor([logits]), params)
+    with mock.patch("dualbranch.sampling.HEADS", heads):
+        probs, ids = filtered_probs(torch.tensor([logits]), params)
     got = {i: p for i, p in zip(ids[0].tolist(), probs[0].tolist(), strict=True) if p > 0}
     want = brute_force(logits, params)
     assert got.keys() == want.keys(), (got, want)
