@@ -73,9 +73,10 @@ def load_steps(model: DualBranchModel) -> dict[str, Callable] | None:
 def _opened(path: Path) -> Callable:
     """The library as a function of `(weights, *tensors)` or `(*tensors)`, in the order it was exported with. It has one result.
 
-    PyTorch's own wrapper works out how to flatten its arguments anew in every call, for a third of the time of a small step.
+    Not by `torch._inductor.aoti_load_package`: that imports the whole compiler (150 MB, seconds), and what it returns works out how to flatten its
+    arguments anew in every call, for a third of the time of a small step.
     """
-    run = torch._inductor.aoti_load_package(str(path)).loader.boxed_run
+    run = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).boxed_run
 
     def step(first: Tensor | dict[str, Tensor], *rest: Tensor | None) -> Tensor:
         return run([*(first.values() if isinstance(first, dict) else (first,)), *rest])[0]
