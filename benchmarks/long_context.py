@@ -23,6 +23,7 @@ from dualbranch.data.corpora import load_corpus
 from dualbranch.measure import about, spread
 from dualbranch.model import DualBranchModel
 from dualbranch.precision import quantize
+from dualbranch.text_eval import read_text
 from kernels import pool_keys
 
 #: Largest difference between logits of decoding and of one pass, in their standard deviations: packed weights are multiplied in bf16 in a pass.
@@ -63,14 +64,17 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--text", metavar="FILE", help="what is read and decoded (default: Wikipedia articles that come by pip)")
+    parser.add_argument("--eager", action="store_true", help="don't compile the decode step")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     loaded = dualbranch.load(args.run)
     longest = -(-(max(args.lengths) + args.steps) // 1024) * 1024
     model = quantize(stretched(loaded.model, longest), args.precision)
-    model.compile_decode(build=True)
+    if not args.eager and not model.compile_decode(build=True):
+        raise SystemExit("decoding can't be compiled here; run with --eager")
     ids: list[int] = []
-    for text in load_corpus("wikipedia", "test"):
+    for text in load_corpus("wikipedia", "test") if args.text is None else [read_text(args.text)]:
         ids += loaded.tokenizer.encode(text)
     tokens, rows, info = torch.tensor([ids]), [], about(model)
     title = f"{args.run}, {args.precision}, {info['device']}, {args.threads} threads"
