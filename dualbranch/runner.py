@@ -55,7 +55,7 @@ class NewestToken:
         if not self.sparse:
             seen = torch.arange(self.n_keys, device=q.device) <= self.position
             return read(q, k[0, : self.n_keys], v[0, : self.n_keys], seen[:, None], self.block_size)
-        slots, seen = sparse_slots(q, pooled, self.position, reads)
+        slots, seen = sparse_slots(q, pooled[:, : self.n_keys // self.block_size], self.position, reads)
         head = torch.arange(k.shape[2], device=k.device)
         return read(q, *(kept(x[0, slots.T, head]) for x in (k, v)), seen.T, len(slots[0]))
 
