@@ -78,3 +78,15 @@ def test_align_loss_is_relative_and_gives_the_slow_stream_no_gradient():
     assert float(align_loss(fast * 10, slow * 10, torch.ones(5, dtype=torch.float64)).detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
     loss.backward()
     assert slow.grad is None and fast.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_gradient_of_distillation_is_that_of_the_kl_it_sums(temperature):
+    g = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(5, 11, generator=g, dtype=torch.float64) for _ in range(2))
+    weights = torch.rand(5, generator=g, dtype=torch.float64)
+    student.requires_grad_()
+    own, summed = 3.0 * distill_loss(teacher, student, weights, temperature), 3.0 * (token_kl(teacher, student, temperature) * weights).sum()
+    torch.testing.assert_close(own, summed)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (own, summed)))
+    assert torch.autograd.gradcheck(lambda z: distill_loss(teacher, z, weights, temperature), student)
