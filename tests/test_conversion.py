@@ -21,8 +21,8 @@ from dualbranch.commands import converting
 from dualbranch.config import DualBranchConfig
 from dualbranch.data import corpora
 from dualbranch.data.packing import pack
-from dualbranch.distill import losses
-from dualbranch.distill.config import BRANCH_SETTINGS, DataConfig, complete_from_teacher, load_run
+from dualbranch.distill import losses, stages
+from dualbranch.distill.config import BRANCH_SETTINGS, DataConfig, RunConfig, StudentConfig, complete_from_teacher, load_run
 from dualbranch.distill.cut import init_from_teacher
 from dualbranch.distill.sources import BatchSource
 from dualbranch.model import DualBranchModel
@@ -165,6 +165,17 @@ def test_text_rows_are_each_seen_once_per_epoch(text_file):
     first = data.packed.doc_start == torch.arange(64)
     assert data.packed.tokens[first].ne(tok.bos_id).all()  # this family opens a text with nothing
     assert float(data.packed.loss_weights.sum()) == data.packed.n_tokens - data.packed.n_documents
+
+
+def test_the_gate_learns_from_text_the_student_has_not_read(text_file):
+    tok = tokenizer_of("smollm2")
+    c = RunConfig(data=DataConfig(text=(str(text_file),), text_share=1.0, seq_len=64, batch_rows=2), student=StudentConfig(steps=3))
+    data = stages.source(c, tok, purpose=1)
+    read = {tuple(row) for step in range(3) for row in data.batch(step).tokens.tolist()}
+    left = len(data.packed) - 6
+    assert left >= 4, "the text must be longer than the training"
+    unread = [tuple(row) for i in range(left // 2) for row in stages.unread(c, tok).batch(i, n_rows=2).tokens.tolist()]
+    assert len(set(unread)) == len(unread) == left // 2 * 2 and not read & set(unread)
 
 
 @pytest.mark.parametrize("dialect", [{}, {"post_norms": True, "qk_norm": True, "attn_scale": 0.2, "embed_scale": 3.0, "logit_softcap": 30.0,

@@ -37,15 +37,15 @@ class BatchSource:
 
     With `text_share` 1 there are no problems at all: the text is packed once, and every row is seen once before one is seen again.
 
-    `align` is the model's selection block size. `needs_thinking`, once the teacher has assessed itself, makes half of the documents
-    labelled problems whose decision token counts in the loss.
+    `align` is the model's selection block size. `skip`: so many rows of text, in the order they are read, are left out. `needs_thinking`, once
+    the teacher has assessed itself, makes half of the documents labelled problems whose decision token counts in the loss.
     """
 
-    def __init__(self, config: DataConfig, tok: Tokenizer, seed: int, align: int, split: str = "train") -> None:
+    def __init__(self, config: DataConfig, tok: Tokenizer, seed: int, align: int, split: str = "train", skip: int = 0) -> None:
         unknown = sorted(set(config.tasks) - set(TASKS))
         if unknown:
             raise ValueError(f"data.tasks names unknown tasks {unknown}; there are {sorted(TASKS)}")
-        self.config, self.tok, self.seed, self.align, self.split = config, tok, seed, align, split
+        self.config, self.tok, self.seed, self.align, self.split, self.skip = config, tok, seed, align, split, skip
         self.tasks, self.langs = list(config.tasks) or list(TASKS), config.langs or LANGS
         self.needs_thinking: Sequence[bool] = ()
         self.keys: set[str] | None = None  # of the problems drawn, while somebody wants to know (`keys_seen`)
@@ -109,7 +109,7 @@ class BatchSource:
         rng = random.Random(f"{self.seed}:{self.split}:{step}")
         n_rows, length = n_rows or self.config.batch_rows, self.config.seq_len
         if not self.config.has_problems:
-            return self.text_rows(step * n_rows, n_rows)
+            return self.text_rows(self.skip + step * n_rows, n_rows)
         examples, filled, too_long = [], 0, 0
         while filled < n_rows * length:
             ids, weights = self.example(rng, progress)

@@ -57,6 +57,14 @@ def source(config: RunConfig, tok: Tokenizer, split: str = "train", purpose: int
     return BatchSource(config.data, tok, config.seed * 1000 + purpose, config.model.sparse.block_size, split)
 
 
+def unread(config: RunConfig, tok: Tokenizer) -> BatchSource:
+    """What the student's training would have read next: in text that it has read, the fast branch errs half as much as elsewhere (docs/experiments.md)."""
+    if config.data.has_problems:
+        return source(config, tok, purpose=2)
+    c = config.data
+    return BatchSource(c, tok, config.seed * 1000 + 1, config.model.sparse.block_size, skip=config.student.steps * c.batch_rows)
+
+
 def train_tokenizer(config: RunConfig, path: Path) -> Tokenizer:
     """A sentencepiece model of the generator's text (and the user's), written to `path`.
 
@@ -310,7 +318,7 @@ def decides(tok: Tokenizer, rows: Rows) -> Tensor:
 def train_gate(config: RunConfig, tok: Tokenizer, model: DualBranchModel, log: Log) -> None:
     """Fits the gate to predict log KL(slow || fast) from the stem, then calibrates it on held-out rows. Mutates `model`."""
     c, rng = config.gate, torch.Generator().manual_seed(config.seed)
-    x, kl, _ = collect(model, tok, source(config, tok, purpose=2), c.rows)
+    x, kl, _ = collect(model, tok, unread(config, tok), c.rows)
     target = (kl + 1e-4).log()
     target = (target - target.mean()) / target.std().clamp(min=1e-6)
     gate = model.gate
