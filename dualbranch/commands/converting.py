@@ -13,10 +13,10 @@ from dualbranch.cli import add_model
 CONVERSION: dict[str, Any] = {
     "data": {"corpora": ["wikipedia"], "self_text": 131072, "text_share": 1.0, "seq_len": 512, "batch_rows": 2},
     "student": {
-        "steps": 900, "routes": [0.7, 0.3, 0.0], "hard": 0.0, "align": 0.0, "refit_rows": 16,
+        "steps": 480, "routes": [0.7, 0.3, 0.0], "hard": 0.0, "align": 0.0, "refit_rows": 16,
         "optim": {"kind": "muon", "lr": 2e-3, "lr_other": 1e-3, "warmup": 0.03, "decay": 0.6},
     },
-    "gate": {"rows": 128, "steps": 1500, "lr": 3e-3, "calibration_rows": 48, "default_budget": 0.3},
+    "gate": {"rows": 160, "steps": 200, "lr": 3e-3, "calibration_rows": 48, "default_budget": 0.3},
     "evaluation": {"budgets": [0.1, 0.3, 0.5], "routing_rows": 8, "routing_shares": [0.3, 0.5], "text_tokens": 8192, "n_recall": 2, "dense_baseline": False},
     "save_every": 50,
     "precision": "auto",

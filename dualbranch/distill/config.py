@@ -257,11 +257,11 @@ def config_of_checkpoint(path_or_name: str) -> DualBranchConfig:
 def branch_for(c: DualBranchConfig) -> dict[str, Any]:
     """`BRANCH_SETTINGS` that suit a dense decoder `c`: all its heads (they read by sparse attention) and a quarter of the neurons, the outermost layers
     slow where there are enough, a gate below one per cent of a layer."""
-    outer = 2 if c.n_layers >= 8 else 1
+    stem, tail = (3, 1) if c.n_layers >= 8 else (1, 1)
     layer = 2 * c.d_model * (c.n_heads + c.n_kv_heads) * c.head_dim + 3 * c.d_model * c.d_ff
     return {
-        "n_stem": outer,
-        "n_tail": outer if c.n_layers > 2 * outer else 0,
+        "n_stem": stem,
+        "n_tail": tail if c.n_layers > stem + tail else 0,
         "fast_n_heads": c.n_heads,
         "fast_d_ff": max(1, c.d_ff // 4 // 16 * 16),
         "sparse": SparseSpec(block_size=16, n_selected_blocks=16, window=128, n_sinks=4, dense_len=1024),
