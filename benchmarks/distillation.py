@@ -1,8 +1,8 @@
 """What a converted model should learn from: its teacher's distribution, the text's own words, or only the teacher's likeliest words.
 
-Students of one start are healed on the same batches, each by another loss: KL to the teacher, plain cross-entropy, KL to what the teacher cache keeps (k words and
-the mass of all others). Then all-fast perplexity on held-out text. And the cosine of the gradient of the truncated loss to that of the whole one, before and
-after healing, for several k.
+Students of one start are healed on the same batches, each by another loss: KL to the teacher, plain cross-entropy, KL to what the teacher cache keeps (k words
+and the mass of all others). Then all-fast perplexity on held-out text. And the cosine of the gradient of the truncated loss to that of the whole one, before
+and after healing, for several k.
 
     python benchmarks/distillation.py [--config configs/smollm2-135m.yaml] [--steps 40] [--set data.text=[FILE] ...]
 """

@@ -22,7 +22,8 @@ def test_every_loss_heals_the_same_start_and_more_words_come_closer_to_all(tiny,
     save_checkpoint(tmp_path / "teacher", teacher, tok)
     (tmp_path / "text.txt").write_text("".join(f"Compute {i} + 356. The answer is {i + 356}.\n\n" for i in range(400)), encoding="utf-8")
     (tmp_path / "run.yaml").write_text(
-        f"teacher: {{checkpoint: {tmp_path / 'teacher'}}}\nmodel: {{n_stem: 1, n_tail: 0, fast_n_heads: {model.config.fast_n_heads}, fast_d_ff: 16, d_gate: 4}}\n"
+        f"teacher: {{checkpoint: {tmp_path / 'teacher'}}}\n"
+        f"model: {{n_stem: 1, n_tail: 0, fast_n_heads: {model.config.fast_n_heads}, fast_d_ff: 16, d_gate: 4}}\n"
         f"data: {{text: [{tmp_path / 'text.txt'}], text_share: 1.0, seq_len: 64, batch_rows: 2}}\nstudent: {{align: 0.0, refit_rows: 4}}\n"
     )
     monkeypatch.setattr(distillation, "KEPT", (4, 64))
