@@ -59,7 +59,7 @@ def gradient(student: DualBranchModel, teacher: DualBranchModel, rows: Rows, kep
             goal = teacher(rows.tokens, doc_start=rows.doc_start, logits_at=none).hidden[scored]
         hidden = student(rows.tokens, "fast", doc_start=rows.doc_start, logits_at=none).hidden[scored]
         total = token_loss(loss, student.config.vocab_size, hidden, (goal, rows.loss_weights[scored]))["soft"]
-    return torch.cat([g.flatten() for g in torch.autograd.grad(total, params)])
+    return torch.cat([g.flatten() for g in torch.autograd.grad(total, params)]).double()  # tens of millions of products are summed
 
 
 def cosines(student: DualBranchModel, teacher: DualBranchModel, rows: Rows, precision: str) -> dict[int, float]:
