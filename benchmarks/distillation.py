@@ -25,8 +25,8 @@ from dualbranch.data.corpora import load_corpus
 from dualbranch.data.packing import Rows
 from dualbranch.distill import stages
 from dualbranch.distill.config import RunConfig, load_run
-from dualbranch.distill.cut import init_from_teacher
 from dualbranch.distill.losses import distill_loss, token_loss, truncated_distill_loss, truncated_targets
+from dualbranch.distill.pipeline import initial_student
 from dualbranch.distill.trainer import mixed_precision
 from dualbranch.model import DualBranchModel
 from dualbranch.text_eval import cut_windows, read_text, text_quality
@@ -94,14 +94,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         configs = {name: load_run(args.config, [*common, *settings]) for name, settings in LOSSES.items()}
         config = configs["KL"]
+        if config.teacher.checkpoint is None:
+            raise ValueError(f"{args.config} trains its own teacher; a config is needed that names one (teacher.checkpoint)")
         found = load(config.teacher.checkpoint, dtype=torch.float32, dense=True)
         texts = held_out(found.tokenizer, args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     teacher, tok = found.model, found.tokenizer
-    start = DualBranchModel(config.model)
-    start.init_weights(config.seed + 1)
-    init_from_teacher(start, teacher, stages.source(config, tok, purpose=4).batch(0, n_rows=config.student.refit_rows))
+    start = initial_student(config, config.model, teacher, tok)
     windows, rows = cut_windows(tok, texts, min(1024, teacher.config.max_seq_len), args.tokens), stages.source(config, tok, purpose=9).batch(0)
     slow, fast = text_quality(start, windows)
     record = {"steps": args.steps, "tokens": args.steps * config.data.batch_rows * config.data.seq_len, "slow": slow["perplexity"], "start": fast["perplexity"]}

@@ -22,7 +22,7 @@ from dualbranch.config import DualBranchConfig
 from dualbranch.data import corpora
 from dualbranch.data.packing import pack
 from dualbranch.distill import losses, stages
-from dualbranch.distill.config import BRANCH_SETTINGS, DataConfig, RunConfig, StudentConfig, complete_from_teacher, load_run
+from dualbranch.distill.config import BRANCH_SETTINGS, DataConfig, GateConfig, RunConfig, StudentConfig, complete_from_teacher, load_run
 from dualbranch.distill.cut import init_from_teacher
 from dualbranch.distill.sources import BatchSource
 from dualbranch.model import DualBranchModel
@@ -167,15 +167,20 @@ def test_text_rows_are_each_seen_once_per_epoch(text_file):
     assert float(data.packed.loss_weights.sum()) == data.packed.n_tokens - data.packed.n_documents
 
 
-def test_the_gate_learns_from_text_the_student_has_not_read(text_file):
+def test_the_gate_learns_from_text_the_student_has_not_read(text_file, monkeypatch):
     tok = tokenizer_of("smollm2")
-    c = RunConfig(data=DataConfig(text=(str(text_file),), text_share=1.0, seq_len=64, batch_rows=2), student=StudentConfig(steps=3))
-    data = stages.source(c, tok, purpose=1)
-    read = {tuple(row) for step in range(3) for row in data.batch(step).tokens.tolist()}
-    left = len(data.packed) - 6
-    assert left >= 4, "the text must be longer than the training"
-    unread = [tuple(row) for i in range(left // 2) for row in stages.unread(c, tok).batch(i, n_rows=2).tokens.tolist()]
-    assert len(set(unread)) == len(unread) == left // 2 * 2 and not read & set(unread)
+    model = DualBranchModel(DualBranchConfig(tok.vocab_size, 32, 3, 1, 0, 4, 2, 8, 48, 4, 48, SparseSpec(8, 4, 16, 2, 64)))
+    model.init_weights(0)
+    data = DataConfig(text=(str(text_file),), text_share=1.0, seq_len=64, batch_rows=2)
+    c = RunConfig(model=model.config, data=data, student=StudentConfig(steps=3), gate=GateConfig(rows=16, steps=2, calibration_rows=2))
+    student_data = stages.source(c, tok, purpose=1)
+    read = {tuple(row) for step in range(3) for row in student_data.batch(step).tokens.tolist()}
+    assert len(student_data.packed) >= 6 + 16, "the text must be longer than the training"
+    seen, examples = [], stages.gate_examples
+    monkeypatch.setattr(stages, "gate_examples", lambda model, tok, rows: seen.append(rows.tokens) or examples(model, tok, rows))
+    stages.train_gate(c, tok, model, lambda record: None)
+    fitted, calibrated = (set(map(tuple, tokens.tolist())) for tokens in seen)
+    assert len(fitted) == 16 and not fitted & read and not calibrated & (fitted | read)
 
 
 @pytest.mark.parametrize("dialect", [{}, {"post_norms": True, "qk_norm": True, "attn_scale": 0.2, "embed_scale": 3.0, "logit_softcap": 30.0,

@@ -157,15 +157,21 @@ def make_student(
             raise ValueError(f"student.init is 'teacher' but the sizes differ ({'; '.join(different)}); match them, or set student.init: smaller")
         if name == "student" and config.student.checkpoint is not None:
             return stages.train_student(config, tok, teacher, starting_point(config, teacher), folder, log, name)
-        student = DualBranchModel(model_config)
-        student.init_weights(config.seed + 1)
-        student.to(teacher.device)
-        if config.student.init != "scratch":
-            calibration = stages.source(config, tok, purpose=4).batch(0, n_rows=config.student.refit_rows).map(lambda x: x.to(teacher.device))
-            init_from_teacher(student, teacher, calibration)
+        student = initial_student(config, model_config, teacher, tok)
         return stages.train_student(config, tok, teacher, student, folder, log, name)
 
     return stage(folder, tok, teacher.device, make)
+
+
+def initial_student(config: RunConfig, model_config: DualBranchConfig, teacher: DualBranchModel, tok: Tokenizer) -> DualBranchModel:
+    """A student before any training: random, or cut out of its teacher."""
+    student = DualBranchModel(model_config)
+    student.init_weights(config.seed + 1)
+    student.to(teacher.device)
+    if config.student.init != "scratch":
+        calibration = stages.source(config, tok, purpose=4).batch(0, n_rows=config.student.refit_rows).map(lambda x: x.to(teacher.device))
+        init_from_teacher(student, teacher, calibration)
+    return student
 
 
 def starting_point(config: RunConfig, teacher: DualBranchModel) -> DualBranchModel:

@@ -52,17 +52,17 @@ def dense_config(c: DualBranchConfig) -> DualBranchConfig:
     return dataclasses.replace(c, n_stem=c.n_layers, n_tail=0)
 
 
-def source(config: RunConfig, tok: Tokenizer, split: str = "train", purpose: int = 0) -> BatchSource:
-    """Batches for one purpose; different purposes see different documents."""
-    return BatchSource(config.data, tok, config.seed * 1000 + purpose, config.model.sparse.block_size, split)
+def source(config: RunConfig, tok: Tokenizer, split: str = "train", purpose: int = 0, skip: int = 0) -> BatchSource:
+    """Batches for one purpose; different purposes see different problems, and the same text in another order. `skip`: rows of text left out."""
+    return BatchSource(config.data, tok, config.seed * 1000 + purpose, config.model.sparse.block_size, split, skip)
 
 
 def unread(config: RunConfig, tok: Tokenizer) -> BatchSource:
-    """What the student's training would have read next: in text that it has read, the fast branch errs half as much as elsewhere (docs/experiments.md)."""
+    """Rows for the gate. Of text those that the student's training would have read next, as far as there are any: on rows that it has read
+    the fast branch errs half as much as elsewhere (docs/experiments.md)."""
     if config.data.has_problems:
         return source(config, tok, purpose=2)
-    c = config.data
-    return BatchSource(c, tok, config.seed * 1000 + 1, config.model.sparse.block_size, skip=config.student.steps * c.batch_rows)
+    return source(config, tok, purpose=1, skip=config.student.steps * config.data.batch_rows)
 
 
 def train_tokenizer(config: RunConfig, path: Path) -> Tokenizer:
