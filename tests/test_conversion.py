@@ -180,6 +180,7 @@ def test_the_gate_learns_from_text_the_student_has_not_read(text_file, monkeypat
     monkeypatch.setattr(stages, "gate_examples", lambda model, tok, rows: seen.append(rows.tokens) or examples(model, tok, rows))
     stages.train_gate(c, tok, model, lambda record: None)
     fitted, calibrated = (set(map(tuple, tokens.tolist())) for tokens in seen)
+    assert fitted == {tuple(row) for step in range(3, 11) for row in student_data.batch(step).tokens.tolist()}, "what training would have read next"
     assert len(fitted) == 16 and not fitted & read and not calibrated & (fitted | read)
 
 
