@@ -111,6 +111,7 @@ class Ours(Adapter):
         self.model = dualbranch.load(engine.model).model
         if engine.compiled and not self.model.compile_decode():
             raise RuntimeError("decoding was not compiled for this model; run with --eager")
+        dualbranch.keep_freed_memory()
         self.cache, self.kv_element_bytes = self.model.new_cache(1, job.capacity), self.model.cache_dtype.itemsize
 
     def rewind(self, n: int) -> None:

@@ -8,6 +8,7 @@ from dualbranch.checkpoint import LoadedModel, load, load_checkpoint, save_check
 from dualbranch.config import DualBranchConfig, RopeScaling
 from dualbranch.conversation import Conversation
 from dualbranch.generate import Generation, PromptTooLong, generate, generate_batch, stream
+from dualbranch.memory import keep_freed_memory
 from dualbranch.model import DualBranchModel, ModelOutput
 from dualbranch.modes import Mode, resolve
 from dualbranch.sampling import SamplingParams
@@ -27,6 +28,7 @@ __all__ = [
     "Tokenizer",
     "generate",
     "generate_batch",
+    "keep_freed_memory",
     "load",
     "load_checkpoint",
     "resolve",

@@ -94,13 +94,13 @@ class KVCache:
     def writer(self, n_new: Tensor, n_cols: int) -> CacheWriter:
         """For one forward pass of `n_new (B,)` tokens per row on a grid `n_cols` wide. Raises CacheFull; mutates nothing yet."""
         writer = CacheWriter(self, n_new, n_cols)
-        self._check_room(writer.n_keys)
+        self.check_room(writer.n_keys)
         return writer
 
     def next_slot(self) -> int:
         """Where the next token of the only row goes, for a runner that writes there itself and then calls `fill_slot`. Raises CacheFull."""
         slot = int(self.n_cached[0])
-        self._check_room(slot + 1)
+        self.check_room(slot + 1)
         return slot
 
     def fill_slot(self, slow: bool) -> None:
@@ -108,7 +108,7 @@ class KVCache:
         self.from_slow[0, self.n_cached[0]] = slow
         self.n_cached += 1
 
-    def _check_room(self, n_keys: int) -> None:
+    def check_room(self, n_keys: int) -> None:
         if n_keys > self.capacity:
             raise CacheFull(f"the cache holds {self.capacity} tokens and {n_keys} are needed; ask for fewer tokens or a larger capacity (max_seq_len)")
 

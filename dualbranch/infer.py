@@ -21,6 +21,7 @@ import torch
 from dualbranch.conversation import Conversation
 from dualbranch.gate import check_budget
 from dualbranch.generate import Event, Generation, prompt_ids, stream
+from dualbranch.memory import keep_freed_memory
 from dualbranch.modes import MODES, ROUTES, THINKING, Mode, fitted, resolve
 from dualbranch.sampling import SamplingParams
 from kernels.backend import BACKENDS, set_backend
@@ -133,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
     set_backend(args.backend)
     loaded, name = load_model(args.model, args.device, args.accept_gemma_terms)
     prepare(loaded.model, args.precision, not args.no_compile)
+    keep_freed_memory()
     asked, mode = mode, fitted(mode, loaded.tokenizer, asked=args.thinking == "on")
     if mode.thinking != asked.thinking == "on":
         print(f"{name} has no thinking mode: mode {mode.name} means route {mode.route}, and answers come without reasoning", file=sys.stderr)

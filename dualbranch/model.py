@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,8 @@ from dualbranch.runner import Runner
 logger = logging.getLogger(__name__)
 
 ROUTES = ("slow", "fast", "auto", "soft")
+#: Tokens of a long prompt that are read at once: more need more memory and are no faster (docs/experiments.md).
+PROMPT_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,10 @@ class DualBranchModel(nn.Module):
             raise ValueError(f"{asked}: this model was exported with its fast branch alone; it runs on route fast only (mode fast)")
         if self.runner is not None and logits_at is None and Runner.takes(tokens, route, cache):
             return self.runner(tokens, lambda x: self._decide(x, route, budget, threshold, (1, 1)), cache)
-        grid, keys, n_new = self._place(tokens, cache, lengths, doc_start)
         B, T = tokens.shape
+        if B == 1 and T > PROMPT_AT_ONCE and cache is not None and last_only and lengths is doc_start is None and not torch.is_grad_enabled():
+            return self._in_parts(tokens, route, cache, budget, threshold)
+        grid, keys, n_new = self._place(tokens, cache, lengths, doc_start)
         whole = grid.whole()
         all_slow = Partition.uniform(whole, slow=True)
         x = self.embed(tokens).flatten(0, 1)  # (B * T, E)
@@ -175,11 +181,30 @@ class DualBranchModel(nn.Module):
             x = x[torch.arange(B, device=x.device), last][:, None]
         return ModelOutput(self.logits(x if logits_at is None else x[logits_at]), x, g, use_slow)
 
+    def _in_parts(self, tokens: Tensor, route: str | Tensor, cache: KVCache, budget: float | None, threshold: float | Tensor | None) -> ModelOutput:
+        """What forward gives for one long row and its last token, in parts of at most `PROMPT_AT_ONCE` tokens."""
+        cache.check_room(int(cache.n_cached[0]) + tokens.shape[1])  # all of them fit, or nothing is written
+        parts, found = tokens.chunk(-(-tokens.shape[1] // PROMPT_AT_ONCE), 1), []
+        routes = route.split([p.shape[1] for p in parts], 1) if isinstance(route, Tensor) else [route] * len(parts)
+        for i, (part, of_part) in enumerate(zip(parts, routes, strict=True)):
+            wanted = {"last_only": True} if i == len(parts) - 1 else {"logits_at": torch.zeros_like(part, dtype=torch.bool)}
+            found.append(self(part, of_part, cache=cache, budget=budget, threshold=threshold, **wanted))
+        g, use_slow = (None if x[0] is None else torch.cat(x, 1) for x in ([f.g for f in found], [f.use_slow for f in found]))
+        return ModelOutput(found[-1].logits, found[-1].hidden, g, use_slow)
+
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: residual stream `(..., E)` to fp32 `(..., V)`."""
         if self.runner is not None and x.shape[:-1].numel() == 1 and not torch.is_grad_enabled():
             return self.runner.logits(x.flatten(0, -2)).view(*x.shape[:-1], -1)
         return logits_of(self.norm, self.embed if self.head is None else self.head, self.config.logit_softcap, x)
+
+    def logits_in_slices(self) -> Callable[[Tensor], Tensor]:
+        """`logits` for many calls under autocast, which casts a matrix that doesn't train anew at each of them: here it is cast once."""
+        out, device = self.embed if self.head is None else self.head, self.device.type
+        weight = getattr(out, "weight", None)
+        if weight is None or weight.requires_grad or not torch.is_autocast_enabled(device):
+            return self.logits
+        return partial(logits_of, self.norm, weight.to(torch.get_autocast_dtype(device)), self.config.logit_softcap)
 
     def compile_decode(self, build: bool = False) -> bool:
         """Decodes single rows with compiled code from now on, where it was built for such a model (`dualbranch compile`), or can be and `build` says so.

@@ -265,11 +265,13 @@ def multiply(matrix: PackedMatrix, x: Tensor) -> Tensor:
     return y.unflatten(0, x.shape[:-1])
 
 
-def logits_of(norm: nn.Module, out: nn.Module, softcap: float | None, x: Tensor) -> Tensor:
-    """Final norm and head, `out` a linear layer or, tied, an embedding, packed or not: residual stream `(..., E)` to fp32 `(..., V)`."""
+def logits_of(norm: nn.Module, out: nn.Module | Tensor, softcap: float | None, x: Tensor) -> Tensor:
+    """Final norm and head, `out` a linear layer or its matrix or, tied, an embedding, packed or not: residual stream `(..., E)` to fp32 `(..., V)`."""
     x = norm(x)
     if isinstance(out, PackedEmbedding):
         logits = multiply(out.matrix, x)
+    elif isinstance(out, Tensor):
+        logits = F.linear(x, out)
     else:
         logits = F.linear(x, out.weight) if isinstance(out, nn.Embedding) else out(x)
     logits = logits.float()

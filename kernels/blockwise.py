@@ -36,7 +36,7 @@ CHUNK_QUERIES = 1024  # sparse queries that are turned round at once: the more, 
 BAND_QUERIES = 512  # of which so many at once have all of their scores in memory
 GATHERED_ELEMENTS = 1 << 18
 DENSE_QUERIES = 1024
-PREFIX_QUERIES = 64  # queries per chunk of a whole prefix in bf16: their scores stay in the cache
+RUN_QUERIES = 64  # consecutive queries per chunk in bf16: their scores stay in the cache
 DOCUMENT_QUERIES = 144  # queries per chunk of dense attention over packed documents
 FEW_QUERIES = 16  # calls with up to this many queries per row go by index or gather
 SORTED_SCORES = 1 << 12  # so few block scores are sorted whole: one operator instead of the seven of a topk with ties
@@ -81,8 +81,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Ten
     if plan.max_pos < 0:
         return _zero_padding(q, plan)
     dtype = q.dtype
-    if plan.is_prefix and _has_bf16_products(q, k, v):
-        return _prefix_in_bf16(q, k, v)
+    if plan.run_start is not None and q.shape[1] > 1 and _has_bf16_products(q, k, v):
+        return _run_in_bf16(q, k, v, plan.run_start)
     q, k, v = _compute(q), _compute(k), _compute(v)
     if plan.is_prefix:
         return _sdpa(q, k, v, is_causal=True).to(dtype)
@@ -109,22 +109,23 @@ def _has_bf16_products(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and not trained and has_bf16_units(q.device)
 
 
-def _prefix_in_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of a whole prefix, q (B, T, H, D) over k, v (B, >= T, Hk, D), in bf16: two products and a softmax for each chunk of queries."""
+def _run_in_bf16(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    """Causal attention of queries q (B, T, H, D) at start, start + 1 ... over k, v (B, >= start + T, Hk, D), in bf16: two products and a softmax for
+    each chunk of queries."""
     B, T, H, D = q.shape
-    Hk, C = k.shape[2], min(T, PREFIX_QUERIES)
+    Hk, C, S = k.shape[2], min(T, RUN_QUERIES), start + T
     G = H // Hk
     qg = (q * D**-0.5).view(B, T, Hk, G, D).permute(0, 2, 3, 1, 4).reshape(B * Hk, G, T, D)
-    k = k[:, :T].permute(0, 2, 3, 1).reshape(B * Hk, D, T)
-    v = v[:, :T].transpose(1, 2).reshape(B * Hk, T, D)
+    k = k[:, :S].permute(0, 2, 3, 1).reshape(B * Hk, D, S)
+    v = v[:, :S].transpose(1, 2).reshape(B * Hk, S, D)
     future = torch.full((C, C), float("-inf"), dtype=q.dtype).triu(1)
     out = torch.empty_like(qg)
     for t0 in range(0, T, C):
         t1 = min(t0 + C, T)
-        n = t1 - t0
-        scores = torch.bmm(qg[:, :, t0:t1].reshape(-1, G * n, D), k[:, :, :t1])  # (B * Hk, G * n, t1)
-        scores.view(-1, G, n, t1)[..., t0:] += future[:n, :n]
-        out[:, :, t0:t1] = torch.bmm(scores.softmax(-1), v[:, :t1]).view(-1, G, n, D)
+        n, s0, s1 = t1 - t0, start + t0, start + t1
+        scores = torch.bmm(qg[:, :, t0:t1].reshape(-1, G * n, D), k[:, :, :s1])  # (B * Hk, G * n, s1)
+        scores.view(-1, G, n, s1)[..., s0:] += future[:n, :n]
+        out[:, :, t0:t1] = torch.bmm(scores.softmax(-1), v[:, :s1]).view(-1, G, n, D)
     return out.view(B, Hk, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
@@ -481,7 +482,7 @@ class _DenseChunk(NamedTuple):
     doc_start: Tensor
     lo: int  # keys [lo, hi) cover what the chunk sees
     hi: int
-    is_prefix: bool  # query i stands at position i of the row, its document starts there
+    run_start: int | None  # where its queries stand, one after the other, in a row of one document; None = elsewhere
 
 
 class _Band(NamedTuple):
@@ -539,8 +540,8 @@ def _call(f, *args, use_reentrant: bool) -> Tensor:
 def _make_dense_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor) -> _DenseChunk:
     q_pos, doc_start = q_pos[index], doc_start[index]
     lo, hi = int(doc_start.min()), int(q_pos.max()) + 1
-    is_prefix = hi == len(index) and int(doc_start.max()) == 0 and bool((q_pos == torch.arange(hi, device=q_pos.device)).all())
-    return _DenseChunk(index, q_pos, doc_start, lo, hi, is_prefix)
+    is_run = int(doc_start.max()) == 0 and bool((q_pos == torch.arange(hi - len(index), hi, device=q_pos.device)).all())
+    return _DenseChunk(index, q_pos, doc_start, lo, hi, hi - len(index) if is_run else None)
 
 
 def _make_sparse_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor, spec: SparseSpec, with_bands: bool) -> _SparseChunk:
@@ -650,14 +651,14 @@ def _choose(q_sum: Tensor, pooled: Tensor, chunk: _SparseChunk, spec: SparseSpec
 
 def _dense_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: _DenseChunk) -> Tensor:
     """q (Tc, H, D) over k, v (S, Hk, D) -> (Tc, H, D)."""
+    k, v = (x[None, chunk.lo : chunk.hi] for x in (k, v))
+    if chunk.run_start is not None and _has_bf16_products(q, k, v):
+        return _run_in_bf16(q[None], k, v, chunk.run_start)[0]
     mask = None
-    if not chunk.is_prefix:
+    if chunk.run_start != 0:
         s = torch.arange(chunk.lo, chunk.hi, device=q.device)
         mask = ((s <= chunk.q_pos[:, None]) & (s >= chunk.doc_start[:, None]))[None, None]
-    k, v = (x[None, chunk.lo : chunk.hi] for x in (k, v))
-    if chunk.is_prefix and _has_bf16_products(q, k, v):
-        return _prefix_in_bf16(q[None], k, v)[0]
-    return _sdpa(q.unsqueeze(0), k, v, mask, chunk.is_prefix)[0]
+    return _sdpa(q.unsqueeze(0), k, v, mask, chunk.run_start == 0)[0]
 
 
 def _masked_range(chunk: _SparseChunk, spec: SparseSpec) -> tuple[int, int]:

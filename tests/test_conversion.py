@@ -21,7 +21,7 @@ from dualbranch.commands import converting
 from dualbranch.config import DualBranchConfig
 from dualbranch.data import corpora
 from dualbranch.data.packing import pack
-from dualbranch.distill import losses, stages
+from dualbranch.distill import losses, pipeline, stages
 from dualbranch.distill.config import BRANCH_SETTINGS, DataConfig, GateConfig, RunConfig, StudentConfig, complete_from_teacher, load_run
 from dualbranch.distill.cut import init_from_teacher
 from dualbranch.distill.sources import BatchSource
@@ -106,6 +106,34 @@ def test_a_resumed_conversion_changes_nothing(converted, public, text_file):
     assert cli(args) == 2  # taken
     assert cli([*args, "--resume"]) == 0
     assert (converted / "evaluation.json").read_text() == before
+
+
+def test_a_student_heals_further_on_its_own_teacher_alone(converted, public, tmp_path):
+    more = [f"student.checkpoint={converted / 'gate'}", f"out={tmp_path}", "name=more"]
+    folder = pipeline.run(load_run(converted / "config.yaml", more))
+    before, after, teacher = load_checkpoint(converted / "student")[0], load_checkpoint(folder / "student")[0], load(public).model
+    t = torch.randint(5, teacher.config.vocab_size, (2, 70))
+    assert after.config == before.config and torch.equal(after(t, "slow").logits, teacher(t).logits)
+    moved = {n for n, p in after.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+    assert any(".fast." in n for n in moved) and not any(".slow." in n for n in moved)
+    other = load(public, dense=True).model
+    with torch.no_grad():
+        other.norm.weight += 1
+    with pytest.raises(ValueError, match=r"its slow branch isn't the teacher's \(at norm.weight\)"):
+        pipeline.starting_point(load_run(folder / "config.yaml"), other)
+    for init, freeze in (("teacher", "false"), ("smaller", "true"), ("scratch", "false")):
+        with pytest.raises(ConfigError, match="goes on with a student of the teacher"):
+            load_run(folder / "config.yaml", [f"student.init={init}", f"student.freeze_slow={freeze}"])
+
+
+def test_under_autocast_a_head_that_does_not_train_is_cast_once(public):
+    model, x = load(public).model.requires_grad_(False), torch.randn(5, 48)
+    assert model.logits_in_slices() == model.logits  # nothing to cast
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.logits_in_slices()
+        assert found != model.logits and torch.equal(found(x), model.logits(x))
+        model.embed.requires_grad_(True)
+        assert model.logits_in_slices() == model.logits
 
 
 def test_model_settings_left_open_come_from_the_teacher_and_contradictions_are_refused(public):
@@ -294,4 +322,4 @@ def test_a_pruned_model_heals_by_the_same_distillation(public, text_file, tmp_pa
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"student"' in line]
     assert losses[-1] < losses[0], f"KL to the original went from {losses[0]:.3f} to {losses[-1]:.3f}"
     assert "## Text" in (tmp_path / "run" / "report.md").read_text()
-    assert cli([*run, "--set", "student.freeze_slow=true"]) == 2 and "freeze_slow: false" in capsys.readouterr().err
+    assert cli([*run, "--set", "student.freeze_slow=true"]) == 2 and "trains a smaller model whole (smaller, false)" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import sys
 
 from dualbranch.checkpoint import LoadedModel, load
 from dualbranch.cli import add_model
+from dualbranch.memory import keep_freed_memory
 
 ON = ("text", "corpus", "recall", "tasks")
 
@@ -45,6 +46,7 @@ def load_rounded(args: argparse.Namespace) -> LoadedModel:
     loaded = load(args.model, accept_terms=args.accept_gemma_terms)
     if args.precision != "fp32":
         quantize(loaded.model, args.precision)
+    keep_freed_memory()
     return loaded
 
 

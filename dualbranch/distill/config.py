@@ -111,7 +111,8 @@ class TeacherConfig:
 class StudentConfig:
     """`init`: "teacher" (slow branch = teacher, fast branch from its most important heads and neurons), "scratch" (nothing is
     copied), "smaller" (fewer heads, neurons or layers of the teacher, of equal d_model; both branches). `checkpoint` names a model to start from
-    instead, of whatever sizes and the teacher's vocabulary, conventional ones too (a pruned one: `dualbranch prune`); its sizes are the student's.
+    instead; its sizes are the student's. With "teacher" it is an earlier student of this teacher, whose fast branches train on; with "smaller" a model of
+    whatever sizes and the teacher's vocabulary, conventional ones too (a pruned one: `dualbranch prune`).
 
     `freeze_slow` keeps the slow branch bit for bit. `routes`: shares of all-fast, mixed and all-slow batches. Loss weights: `soft` KL to
     the teacher at `temperature`, `hard` cross-entropy, `align` distance of the fast stream to the slow one.
@@ -206,8 +207,11 @@ class RunConfig:
         if self.data.batch_rows % self.teacher.optim.micro_batches or self.data.batch_rows % self.student.optim.micro_batches:
             raise ValueError(f"data.batch_rows ({self.data.batch_rows}) must be a multiple of every optim.micro_batches")
         s = self.student
-        if s.checkpoint and (s.init != "smaller" or s.freeze_slow):
-            raise ValueError("student.checkpoint is a smaller model than the teacher, trained whole: set student.init: smaller and student.freeze_slow: false")
+        if s.checkpoint and (s.init, s.freeze_slow) not in (("teacher", True), ("smaller", False)):
+            raise ValueError(
+                f"student.checkpoint goes on with a student of the teacher (student.init: teacher, freeze_slow: true) or trains a smaller model whole"
+                f" (smaller, false), not with init {s.init} and freeze_slow {str(s.freeze_slow).lower()}"
+            )
         if s.init == "teacher" and s.freeze_slow and s.routes[2] > 0:
             raise ValueError(f"student.routes sends {s.routes[2]} of the batches all-slow, which trains nothing while freeze_slow is set; make it 0")
         if s.cache_logits and (not s.distinct_batches or s.temperature != 1.0 or s.align):

@@ -102,14 +102,15 @@ def distill_loss(teacher_logits: Tensor, student_logits: Tensor, weights: Tensor
 
 
 class _DistillLoss(torch.autograd.Function):
-    """`token_kl`, summed, with its gradient `(q - p) * T * weights` computed at once: half of autograd's passes over the vocabulary."""
+    """`token_kl`, summed, with its gradient `(q - p) * T * weights` computed at once: a third of autograd's passes over the vocabulary."""
 
     @staticmethod
     def forward(ctx, teacher_logits: Tensor, student_logits: Tensor, weights: Tensor, temperature: float) -> Tensor:
-        log_p, log_q = (F.log_softmax(z if temperature == 1.0 else z / temperature, dim=-1) for z in (teacher_logits, student_logits))
-        p = log_p.exp()
-        kl = torch.linalg.vecdot(p, log_p.sub_(log_q)) * temperature**2
-        ctx.save_for_backward(log_q.exp_().sub_(p).mul_(temperature * weights[:, None]))
+        teacher, student = (z if temperature == 1.0 else z / temperature for z in (teacher_logits, student_logits))
+        p, q = teacher.softmax(-1), student.softmax(-1)
+        log_z = [z.amax(-1) - probabilities.amax(-1).log() for z, probabilities in ((teacher, p), (student, q))]
+        kl = (torch.linalg.vecdot(p, teacher - student) - log_z[0] + log_z[1]) * temperature**2
+        ctx.save_for_backward(q.sub_(p).mul_(temperature * weights[:, None]))
         return (kl * weights).sum()
 
     @staticmethod

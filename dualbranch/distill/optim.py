@@ -16,6 +16,8 @@ from kernels import has_bf16_units
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 #: Matrices at least this large on both sides are orthogonalised in bf16 where the device has units for it.
 BF16_SIDE = 256
+#: Elements orthogonalised at once: more don't stay in a CPU's cache from one product to the next.
+AT_ONCE = 2**20
 
 
 def orthogonalize(m: Tensor, steps: int = 5) -> Tensor:
@@ -26,7 +28,7 @@ def orthogonalize(m: Tensor, steps: int = 5) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         s = x @ x.mT
-        x = a * x + torch.baddbmm(b * s, s, s, alpha=c) @ x
+        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
     return x.mT if transposed else x
 
 
@@ -49,16 +51,18 @@ class Muon(torch.optim.Optimizer):
                 full = direction.full_tensor() if hasattr(direction, "full_tensor") else direction
                 by_shape.setdefault(tuple(full.shape), []).append((p, full))
             for (rows, cols), items in by_shape.items():
-                stacked = torch.stack([d for _, d in items])
-                in_bf16 = min(rows, cols) >= BF16_SIDE and has_bf16_units(stacked.device)
-                updates = orthogonalize(stacked.bfloat16() if in_bf16 else stacked).to(stacked.dtype)
-                for (p, _), update in zip(items, updates, strict=True):
-                    if hasattr(p, "device_mesh"):
-                        from torch.distributed.tensor import distribute_tensor
+                in_bf16 = min(rows, cols) >= BF16_SIDE and has_bf16_units(items[0][1].device)
+                size = len(items) if items[0][1].is_cuda else max(1, AT_ONCE // (rows * cols))
+                for part in (items[i : i + size] for i in range(0, len(items), size)):
+                    stacked = torch.stack([d for _, d in part])
+                    updates = orthogonalize(stacked.bfloat16() if in_bf16 else stacked).to(stacked.dtype)
+                    for (p, _), update in zip(part, updates, strict=True):
+                        if hasattr(p, "device_mesh"):
+                            from torch.distributed.tensor import distribute_tensor
 
-                        update = distribute_tensor(update, p.device_mesh, p.placements)
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * 0.2 * max(rows, cols) ** 0.5)
+                            update = distribute_tensor(update, p.device_mesh, p.placements)
+                        p.mul_(1 - group["lr"] * group["weight_decay"])
+                        p.add_(update, alpha=-group["lr"] * 0.2 * max(rows, cols) ** 0.5)
 
 
 def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:

@@ -175,13 +175,19 @@ def initial_student(config: RunConfig, model_config: DualBranchConfig, teacher: 
 
 
 def starting_point(config: RunConfig, teacher: DualBranchModel) -> DualBranchModel:
-    """The model of `student.checkpoint`. Raises ValueError where it isn't what the config says, or predicts other tokens than the teacher."""
+    """The model of `student.checkpoint`. Raises ValueError where it isn't what the config says, predicts other tokens than the teacher, or is to be
+    healed further and isn't this teacher's student."""
     student = load(config.student.checkpoint, device=teacher.device, dtype=torch.float32).model
     if student.config != config.model:
         different = differences(to_dict(config.model), to_dict(student.config), "model.")
         raise ValueError(f"student.checkpoint {config.student.checkpoint} has other sizes than the config ({'; '.join(different)}); leave model out")
     if student.config.vocab_size != teacher.config.vocab_size:
         raise ValueError(f"student.checkpoint has {student.config.vocab_size} tokens and the teacher {teacher.config.vocab_size}; they must share a vocabulary")
+    if config.student.freeze_slow:
+        of_teacher = teacher.state_dict()
+        for name, weight in student.state_dict().items():
+            if ".fast." not in name and not name.startswith("gate.") and not torch.equal(weight, of_teacher[name]):
+                raise ValueError(f"student.checkpoint {config.student.checkpoint}: its slow branch isn't the teacher's (at {name}); give its own teacher")
     return student.train()
 
 

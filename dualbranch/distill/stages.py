@@ -225,10 +225,15 @@ def train_student(
         hard = {"hard": s.hard * hard_loss(logits, targets, weights)} if s.hard else {}  # over a large vocabulary not free
         return hard | {"soft": s.soft * distill_loss(goal, logits, soft_w, s.temperature)}
 
-    def at_streams(hidden: Tensor, goal: Tensor, *columns: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad():
-            goal = teacher.logits(goal)
-        return at_head(student.logits(hidden), goal, *columns)
+    def at_streams() -> Callable[..., dict[str, Tensor]]:
+        student_logits, teacher_logits = student.logits_in_slices(), teacher.logits_in_slices()
+
+        def at_stream(hidden: Tensor, goal: Tensor, *columns: Tensor) -> dict[str, Tensor]:
+            with torch.no_grad():
+                goal = teacher_logits(goal)
+            return at_head(student_logits(hidden), goal, *columns)
+
+        return at_stream
 
     def loss(rows: Rows, step: int) -> dict[str, Tensor]:
         soft_w = rows.loss_weights.masked_fill(decides(tok, rows), 1.0)  # the teacher's decision counts even where no label does
@@ -248,7 +253,7 @@ def train_student(
             losses["soft"] = s.soft * cache.loss(step % s.distinct_batches, rows, out.logits, soft_w)
             return losses
         if sliced:
-            losses = token_loss(at_streams, vocab_size, out.hidden[scored], (target.hidden[scored], *columns), head)
+            losses = token_loss(at_streams(), vocab_size, out.hidden[scored], (target.hidden[scored], *columns), head)
         else:
             losses = at_head(out.logits, target.logits, *columns)
         if aligned:

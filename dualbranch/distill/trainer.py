@@ -26,6 +26,7 @@ from dualbranch.data.packing import Rows
 from dualbranch.distill import dist
 from dualbranch.distill.config import OptimConfig
 from dualbranch.distill.optim import lr_factor, make_optimizers, set_lr
+from dualbranch.memory import keep_freed_memory
 from kernels import has_bf16_units
 
 
@@ -59,6 +60,7 @@ def train(model: nn.Module, loop: Loop) -> float:
 
     Raises NonFiniteLoss, and Stopped on Ctrl-C (state written).
     """
+    keep_freed_memory()
     optimizers = make_optimizers(model, loop.optim)
     trained = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     first = restore(model, optimizers, loop.folder)
