@@ -33,7 +33,7 @@ from dualbranch.distill.config import RunConfig
 from dualbranch.distill.losses import LOGITS_AT_ONCE, align_loss, by_tokens, distill_loss, hard_loss, token_kl, token_loss
 from dualbranch.distill.sources import BatchSource, Prefetcher
 from dualbranch.distill.teacher_cache import TeacherCache
-from dualbranch.distill.trainer import Loop, train
+from dualbranch.distill.trainer import Loop, mixed_precision, train
 from dualbranch.gate import Calibration
 from dualbranch.generate import generate_batch, prefill
 from dualbranch.model import DualBranchModel
@@ -300,10 +300,11 @@ def gate_examples(model: DualBranchModel, tok: Tokenizer, rows: Rows) -> tuple[T
     hook.remove()
     fast = model(rows.tokens, "fast", doc_start=rows.doc_start, logits_at=none).hidden
     used = ((rows.loss_weights > 0) | decides(tok, rows)) & real
+    logits_of = model.logits_in_slices()
 
     def compare(slow: Tensor, fast: Tensor) -> Tensor:
-        logits = model.logits(fast)
-        return torch.stack([token_kl(model.logits(slow), logits), logits.softmax(-1).amax(-1)], dim=-1)
+        logits = logits_of(fast)
+        return torch.stack([token_kl(logits_of(slow), logits), logits.softmax(-1).amax(-1)], dim=-1)
 
     found = torch.tensor([0.0, 1.0], device=real.device).repeat(*real.shape, 1)  # (R, T, 2): KL and confidence
     found[used] = by_tokens(compare, model.config.vocab_size, slow[used], fast[used])
@@ -323,7 +324,7 @@ def decides(tok: Tokenizer, rows: Rows) -> Tensor:
 def train_gate(config: RunConfig, tok: Tokenizer, model: DualBranchModel, log: Log) -> None:
     """Fits the gate to predict log KL(slow || fast) from the stem, then calibrates it on held-out rows. Mutates `model`."""
     c, rng = config.gate, torch.Generator().manual_seed(config.seed)
-    x, kl, _ = collect(model, tok, unread(config, tok), c.rows)
+    x, kl, _ = collect(config, model, tok, unread(config, tok), c.rows)
     target = (kl + 1e-4).log()
     target = (target - target.mean()) / target.std().clamp(min=1e-6)
     gate = model.gate
@@ -342,7 +343,7 @@ def train_gate(config: RunConfig, tok: Tokenizer, model: DualBranchModel, log: L
         gate_loss.backward()
         optimizer.step()
         log({"stage": "gate", "step": step, "loss": float(gate_loss.detach())})
-    held_out, kl, confidence = collect(model, tok, source(config, tok, "valid", purpose=3), c.calibration_rows)
+    held_out, kl, confidence = collect(config, model, tok, source(config, tok, "valid", purpose=3), c.calibration_rows)
     fast, slow = (model.cost(route, n_cached=128).flops for route in ("fast", "slow"))
     with torch.no_grad():
         model.calibration = Calibration.measure(gate(held_out), confidence, kl, c.default_budget, fast / slow)
@@ -398,8 +399,9 @@ def worth_trying(p_think: list[float], kept: list[bool], lost: float = 0.02) -> 
     return threshold
 
 
-def collect(model: DualBranchModel, tok: Tokenizer, data: BatchSource, n_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`gate_examples` over `n_rows` rows."""
+def collect(config: RunConfig, model: DualBranchModel, tok: Tokenizer, data: BatchSource, n_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`gate_examples` over `n_rows` rows, in the precision of the run."""
     batches = (data.batch(i, n_rows=min(16, n_rows)).map(lambda x: x.to(model.device)) for i in range(-(-n_rows // 16)))
-    parts = [gate_examples(model, tok, rows) for rows in batches]
+    with mixed_precision(config.precision, model.device):
+        parts = [gate_examples(model, tok, rows) for rows in batches]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
