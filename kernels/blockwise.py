@@ -36,7 +36,7 @@ CHUNK_QUERIES = 1024  # sparse queries that are turned round at once: the more, 
 BAND_QUERIES = 512  # of which so many at once have all of their scores in memory
 GATHERED_ELEMENTS = 1 << 18
 DENSE_QUERIES = 1024
-RUN_QUERIES = 64  # consecutive queries per chunk in bf16: their scores stay in the cache
+RISING_QUERIES = 64  # queries per chunk of dense attention in bf16: their scores stay in the cache
 DOCUMENT_QUERIES = 144  # queries per chunk of dense attention over packed documents
 FEW_QUERIES = 16  # calls with up to this many queries per row go by index or gather
 SORTED_SCORES = 1 << 12  # so few block scores are sorted whole: one operator instead of the seven of a topk with ties
@@ -81,8 +81,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Ten
     if plan.max_pos < 0:
         return _zero_padding(q, plan)
     dtype = q.dtype
-    if plan.run_start is not None and q.shape[1] > 1 and _has_bf16_products(q, k, v):
-        return _run_in_bf16(q, k, v, plan.run_start)
+    if plan.rises and q.shape[1] > 1 and _has_bf16_products(q, k, v):
+        return _rising_in_bf16(q, k, v, plan.cached("rising", lambda: _rising_chunks(plan.q_pos[0])))
     q, k, v = _compute(q), _compute(k), _compute(v)
     if plan.is_prefix:
         return _sdpa(q, k, v, is_causal=True).to(dtype)
@@ -109,23 +109,32 @@ def _has_bf16_products(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and not trained and has_bf16_units(q.device)
 
 
-def _run_in_bf16(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-    """Causal attention of queries q (B, T, H, D) at start, start + 1 ... over k, v (B, >= start + T, Hk, D), in bf16: two products and a softmax for
-    each chunk of queries."""
+def _rising_chunks(q_pos: Tensor) -> list[tuple[slice, int, Tensor]]:
+    """Chunks of queries at rising positions q_pos (T,): which ones, the last key that one of them sees, and a bias in bf16 for keys up to it, -inf where
+    a query does not see it; earlier keys than it has columns are seen by all."""
+    chunks = []
+    for t0 in range(0, len(q_pos), RISING_QUERIES):
+        pos = q_pos[t0 : t0 + RISING_QUERIES]
+        later = torch.arange(int(pos[0]) + 1, int(pos[-1]) + 1, device=pos.device) > pos[:, None]
+        bias = torch.zeros(later.shape, dtype=torch.bfloat16, device=pos.device).masked_fill_(later, float("-inf"))
+        chunks.append((slice(t0, t0 + len(pos)), int(pos[-1]), bias))
+    return chunks
+
+
+def _rising_in_bf16(q: Tensor, k: Tensor, v: Tensor, chunks: list[tuple[slice, int, Tensor]]) -> Tensor:
+    """Causal attention of q (B, T, H, D) over k, v (B, S, Hk, D) in bf16: two products and a softmax for each chunk of queries."""
     B, T, H, D = q.shape
-    Hk, C, S = k.shape[2], min(T, RUN_QUERIES), start + T
+    Hk, S = k.shape[2], chunks[-1][1] + 1
     G = H // Hk
     qg = (q * D**-0.5).view(B, T, Hk, G, D).permute(0, 2, 3, 1, 4).reshape(B * Hk, G, T, D)
     k = k[:, :S].permute(0, 2, 3, 1).reshape(B * Hk, D, S)
     v = v[:, :S].transpose(1, 2).reshape(B * Hk, S, D)
-    future = torch.full((C, C), float("-inf"), dtype=q.dtype).triu(1)
     out = torch.empty_like(qg)
-    for t0 in range(0, T, C):
-        t1 = min(t0 + C, T)
-        n, s0, s1 = t1 - t0, start + t0, start + t1
-        scores = torch.bmm(qg[:, :, t0:t1].reshape(-1, G * n, D), k[:, :, :s1])  # (B * Hk, G * n, s1)
-        scores.view(-1, G, n, s1)[..., s0:] += future[:n, :n]
-        out[:, :, t0:t1] = torch.bmm(scores.softmax(-1), v[:, :s1]).view(-1, G, n, D)
+    for part, last, bias in chunks:
+        n, width = bias.shape
+        scores = torch.bmm(qg[:, :, part].reshape(-1, G * n, D), k[:, :, : last + 1])  # (B * Hk, G * n, last + 1)
+        scores.view(-1, G, n, last + 1)[..., last + 1 - width :] += bias
+        out[:, :, part] = torch.bmm(scores.softmax(-1), v[:, : last + 1]).view(-1, G, n, D)
     return out.view(B, Hk, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
@@ -482,7 +491,8 @@ class _DenseChunk(NamedTuple):
     doc_start: Tensor
     lo: int  # keys [lo, hi) cover what the chunk sees
     hi: int
-    run_start: int | None  # where its queries stand, one after the other, in a row of one document; None = elsewhere
+    is_prefix: bool  # query i stands at position i of the row, its document starts there
+    rising: list[tuple[slice, int, Tensor]] | None  # `_rising_chunks` where the row is one document and products are in bf16
 
 
 class _Band(NamedTuple):
@@ -515,7 +525,7 @@ def _split_rows(plan: AttentionPlan, spec: SparseSpec, by_hand: bool) -> list[tu
         is_dense = pos - start < spec.dense_len
         first, stop = _selectable_range(pos, start, spec)
         masked = (pos - start < (MASKED_RATIO_BF16 if by_hand else MASKED_RATIO) * n_keys_read) | (stop - first < spec.n_selected_blocks)
-        dense = [_make_dense_chunk(i, q_pos, doc_start) for i in _parts(order[is_dense], DENSE_QUERIES)]
+        dense = [_make_dense_chunk(i, q_pos, doc_start, by_hand) for i in _parts(order[is_dense], DENSE_QUERIES)]
         few, many = order[~is_dense & masked], order[~is_dense & ~masked]
         few = [_make_sparse_chunk(i, q_pos, doc_start, spec, False) for i in _parts_of_documents(few, doc_start, MASKED_QUERIES)]
         many = [_make_sparse_chunk(i, q_pos, doc_start, spec, True) for i in _parts_of_documents(many, doc_start, CHUNK_QUERIES)]
@@ -537,11 +547,11 @@ def _call(f, *args, use_reentrant: bool) -> Tensor:
     return f(*args)
 
 
-def _make_dense_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor) -> _DenseChunk:
+def _make_dense_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor, by_hand: bool) -> _DenseChunk:
     q_pos, doc_start = q_pos[index], doc_start[index]
     lo, hi = int(doc_start.min()), int(q_pos.max()) + 1
-    is_run = int(doc_start.max()) == 0 and bool((q_pos == torch.arange(hi - len(index), hi, device=q_pos.device)).all())
-    return _DenseChunk(index, q_pos, doc_start, lo, hi, hi - len(index) if is_run else None)
+    one_document = int(doc_start.max()) == 0
+    return _DenseChunk(index, q_pos, doc_start, lo, hi, one_document and hi == len(index), _rising_chunks(q_pos) if by_hand and one_document else None)
 
 
 def _make_sparse_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor, spec: SparseSpec, with_bands: bool) -> _SparseChunk:
@@ -652,13 +662,13 @@ def _choose(q_sum: Tensor, pooled: Tensor, chunk: _SparseChunk, spec: SparseSpec
 def _dense_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: _DenseChunk) -> Tensor:
     """q (Tc, H, D) over k, v (S, Hk, D) -> (Tc, H, D)."""
     k, v = (x[None, chunk.lo : chunk.hi] for x in (k, v))
-    if chunk.run_start is not None and _has_bf16_products(q, k, v):
-        return _run_in_bf16(q[None], k, v, chunk.run_start)[0]
+    if chunk.rising is not None:
+        return _rising_in_bf16(q[None], k, v, chunk.rising)[0]
     mask = None
-    if chunk.run_start != 0:
+    if not chunk.is_prefix:
         s = torch.arange(chunk.lo, chunk.hi, device=q.device)
         mask = ((s <= chunk.q_pos[:, None]) & (s >= chunk.doc_start[:, None]))[None, None]
-    return _sdpa(q.unsqueeze(0), k, v, mask, chunk.run_start == 0)[0]
+    return _sdpa(q.unsqueeze(0), k, v, mask, chunk.is_prefix)[0]
 
 
 def _masked_range(chunk: _SparseChunk, spec: SparseSpec) -> tuple[int, int]:

@@ -96,7 +96,7 @@ class AttentionPlan:
         if has_doc_start:
             facts["max_rel"], facts["doc_min"] = rel.masked_fill(pad, -1).amax(), self.doc_start.amin()
             facts["doc_max"] = self.doc_start.masked_fill(pad, 0).amax()
-        facts["is_run"] = (self.q_pos == self.q_pos[0, 0] + torch.arange(T, device=self.q_pos.device)).all().long()
+        facts["rises"] = ((self.q_pos == self.q_pos[:1]).all() & (self.q_pos.diff() > 0).all()).long()
         values = torch.cat([torch.stack(list(facts.values())), self.q_pos.amax(1)]).tolist()
         known = dict(zip(facts, values, strict=False))
         self.row_max: list[int] = values[len(facts) :]  # row_max[b] = last key any query of row b sees, -1 = none
@@ -104,9 +104,9 @@ class AttentionPlan:
         self.min_rel, self.max_rel = known["min_rel"], known.get("max_rel", self.max_pos)
         self.has_padding = known["lowest"] < 0
         self.has_docs = known.get("doc_max", 0) > 0
-        # where the queries of every row stand, one after the other, all rows at the same positions of one document; None = elsewhere
-        self.run_start: int | None = known["lowest"] if known["is_run"] and known["lowest"] >= 0 and not self.has_docs else None
-        self.is_prefix = self.run_start == 0 and self.n_keys == T
+        # rows of one document, the queries of all of them at the same positions, in order
+        self.rises = bool(known["rises"]) and not self.has_padding and not self.has_docs
+        self.is_prefix = self.rises and self.max_pos + 1 == self.n_keys == T
         if known["lowest"] < -1 or self.max_pos >= self.n_keys:
             raise ValueError(f"q_pos must lie in [-1, n_keys = {self.n_keys}), got [{known['lowest']}, {self.max_pos}]")
         if known.get("doc_min", 0) < 0 or self.min_rel < 0:

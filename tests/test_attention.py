@@ -182,28 +182,30 @@ def test_import_kernels_does_not_import_triton():
 
 
 @pytest.mark.skipif(not has_bf16_units(torch.device("cpu")), reason="this CPU has no units for bf16")
-@pytest.mark.parametrize("start", [0, 70])
 @pytest.mark.parametrize("T, H, Hk", [(1, 4, 2), (2, 4, 2), (255, 6, 2), (256, 3, 3), (300, 7, 1), (513, 4, 4)])
-def test_a_run_of_queries_in_bf16_is_as_near_to_exact_as_rounding_lets_it(monkeypatch, T, H, Hk, start):
-    generator, S = torch.Generator().manual_seed(T), start + T
+@pytest.mark.parametrize("where", ["prefix", "run", "scattered"])
+def test_rising_queries_in_bf16_are_as_near_to_exact_as_rounding_lets_them(monkeypatch, T, H, Hk, where):
+    generator = torch.Generator().manual_seed(T)
+    at = {"prefix": torch.arange(T), "run": torch.arange(70, 70 + T), "scattered": torch.randperm(3 * T, generator=generator)[:T].sort().values}[where]
+    S, positions = int(at[-1]) + 1, at.expand(2, T)
     q, k, v = (torch.randn(2, n, h, 32, generator=generator).bfloat16() for n, h in ((T, H), (S + 5, Hk), (S + 5, Hk)))
     k[:, S:], v[:, S:] = float("nan"), float("nan")  # what no query sees may hold anything
-    positions = torch.arange(start, S).expand(2, T)
     exact = dense_attention(q.float(), k[:, :S].float(), v[:, :S].float(), AttentionPlan(positions, S))
-    seen = []
-    by_hand = blockwise._run_in_bf16
-    monkeypatch.setattr(blockwise, "_run_in_bf16", lambda *args: seen.append(args[3]) or by_hand(*args))
+    calls = []
+    by_hand = blockwise._rising_in_bf16
+    monkeypatch.setattr(blockwise, "_rising_in_bf16", lambda *args: calls.append(1) or by_hand(*args))
     found = dense_attention(q, k, v, AttentionPlan(positions, S + 5))
-    assert found.dtype == torch.bfloat16 and seen == ([start] if T > 1 else [])
+    assert found.dtype == torch.bfloat16 and len(calls) == (T > 1)
     torch.testing.assert_close(found.float(), exact, atol=2e-2, rtol=2e-2)
     with torch.enable_grad():  # trained, it takes the differentiable way
         dense_attention(q.clone().requires_grad_(), k[:, :S], v[:, :S], AttentionPlan(positions, S)).sum().backward()
-    assert len(seen) == (T > 1)
+    assert len(calls) == (T > 1)
 
 
-def test_only_rows_of_one_document_at_the_same_positions_are_a_run():
+def test_only_rows_of_one_document_at_the_same_positions_in_order_rise():
     run, moved = torch.arange(3, 9).expand(2, 6), torch.stack([torch.arange(3, 9), torch.arange(4, 10)])
-    assert AttentionPlan(run, 12).run_start == 3 and AttentionPlan(run - 3, 6).is_prefix and not AttentionPlan(run - 3, 7).is_prefix
-    assert AttentionPlan(moved, 12).run_start is None and AttentionPlan(run.flip(1), 12).run_start is None
-    assert AttentionPlan(torch.tensor([[-1, 0, 1]]), 12).run_start is None  # padding first
-    assert AttentionPlan(run, 12, torch.full_like(run, 2)).run_start is None
+    assert AttentionPlan(run, 12).rises and AttentionPlan(torch.tensor([[1, 4, 9]]), 12).rises
+    assert AttentionPlan(run - 3, 6).is_prefix and not AttentionPlan(run - 3, 7).is_prefix and not AttentionPlan(run, 9).is_prefix
+    assert not AttentionPlan(moved, 12).rises and not AttentionPlan(run.flip(1), 12).rises
+    assert not AttentionPlan(torch.tensor([[-1, 0, 1]]), 12).rises  # padding first
+    assert not AttentionPlan(run, 12, torch.full_like(run, 2)).rises
