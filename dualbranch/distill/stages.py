@@ -322,10 +322,13 @@ def decides(tok: Tokenizer, rows: Rows) -> Tensor:
 
 
 def train_gate(config: RunConfig, tok: Tokenizer, model: DualBranchModel, log: Log) -> None:
-    """Fits the gate to predict log KL(slow || fast) from the stem, then calibrates it on held-out rows. Mutates `model`."""
+    """Fits the gate to predict log(KL(slow || fast) + a tenth of its mean) from the stem, then calibrates it on held-out rows. Mutates `model`.
+
+    With that floor no effort goes into telling very small KLs apart.
+    """
     c, rng = config.gate, torch.Generator().manual_seed(config.seed)
     x, kl, _ = collect(config, model, tok, unread(config, tok), c.rows)
-    target = (kl + 1e-4).log()
+    target = (kl.clamp(min=0) + 0.1 * kl.mean() + 1e-6).log()
     target = (target - target.mean()) / target.std().clamp(min=1e-6)
     gate = model.gate
     for p in gate.parameters():
