@@ -551,7 +551,8 @@ def _make_dense_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor, by_hand: 
     q_pos, doc_start = q_pos[index], doc_start[index]
     lo, hi = int(doc_start.min()), int(q_pos.max()) + 1
     one_document = int(doc_start.max()) == 0
-    return _DenseChunk(index, q_pos, doc_start, lo, hi, one_document and hi == len(index), _rising_chunks(q_pos) if by_hand and one_document else None)
+    is_prefix = one_document and hi == len(index) and bool((q_pos == torch.arange(hi, device=q_pos.device)).all())  # not some positions twice
+    return _DenseChunk(index, q_pos, doc_start, lo, hi, is_prefix, _rising_chunks(q_pos) if by_hand and one_document else None)
 
 
 def _make_sparse_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor, spec: SparseSpec, with_bands: bool) -> _SparseChunk:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from test_attention import GQA, assert_same, make, values_and_grads
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import AttentionPlan, SparseSpec, dense_attention, pool_keys, reference, select_blocks, sparse_attention
+from kernels import AttentionPlan, SparseSpec, blockwise, dense_attention, pool_keys, reference, select_blocks, sparse_attention
 
 SPEC = SparseSpec(block_size=8, n_selected_blocks=3, window=11, n_sinks=3, dense_len=24)
 NAN = float("nan")
@@ -332,3 +332,17 @@ def test_prefill_of_8k_tokens_makes_no_tensor_of_queries_times_keys(with_grad):
         if with_grad:
             out.sum().backward()
     assert largest.n < T * T // 8, f"largest tensor holds {largest.n} elements, T * S is {T * T}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_that_share_a_position_are_no_prefix(monkeypatch, dtype):
+    monkeypatch.setattr(blockwise, "MASKED_ELEMENTS", 0)  # row by row
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.cat([torch.tensor([0, 2, 2]), torch.arange(3, 60)])[None]  # as many dense ones as the last of them stands far
+    spec = SparseSpec(block_size=4, n_selected_blocks=2, window=8, n_sinks=2, dense_len=40)
+    q, k, v = (torch.randn(1, n, h, 16, generator=generator).to(dtype) for n, h in ((60, 4), (60, 2), (60, 2)))
+    plan = AttentionPlan(positions, 60)
+    found, exact = sparse_attention(q, k, v, plan, spec).float(), reference.sparse_attention(q.float(), k.float(), v.float(), plan, spec)
+    dense = positions[0] < 40
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found[:, dense], exact[:, dense], atol=tolerance, rtol=tolerance)
