@@ -109,6 +109,7 @@ class KVCache:
         self.n_cached += 1
 
     def check_room(self, n_keys: int) -> None:
+        """Raises CacheFull where a row can't hold `n_keys` tokens."""
         if n_keys > self.capacity:
             raise CacheFull(f"the cache holds {self.capacity} tokens and {n_keys} are needed; ask for fewer tokens or a larger capacity (max_seq_len)")
 

@@ -7,7 +7,7 @@ import logging
 
 logger = logging.getLogger(__name__)
 
-#: Of glibc's malloc.h. The first has an upper limit of 32 MiB, above which every tensor still comes from the system.
+#: Of glibc's malloc.h. The second can be 32 MiB at most: a tensor larger than that still comes from the system.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 

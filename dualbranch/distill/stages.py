@@ -59,7 +59,7 @@ def source(config: RunConfig, tok: Tokenizer, split: str = "train", purpose: int
 
 def unread(config: RunConfig, tok: Tokenizer) -> BatchSource:
     """Rows for the gate. Of text those that the student's training would have read next, as far as there are any: on rows that it has read
-    the fast branch errs half as much as elsewhere (docs/experiments.md)."""
+    the fast branch errs half as much as elsewhere (docs/experiments.md). What an earlier run read (`student.checkpoint`) is not known here."""
     if config.data.has_problems:
         return source(config, tok, purpose=2)
     return source(config, tok, purpose=1, skip=config.student.steps * config.data.batch_rows)
