@@ -102,6 +102,7 @@ def build(model: DualBranchModel, note: Callable[[str], None] = lambda text: Non
             warnings.simplefilter("ignore")
             args, dynamic = example(model, step)
             program = torch.export.export(step, args, dynamic_shapes=dynamic, strict=False)
+            program = program.run_decompositions({torch.ops.aten.linear.default: runner.linear_as_sums})
             path = str(Path(temporary) / f"{name}.pt2")
             torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=COMPILE_OPTIONS)
             os.replace(path, folder / f"{name}.pt2")

@@ -63,15 +63,23 @@ class NewestToken:
 def read(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, together: int) -> Tensor:
     """Softmax attention of `q (Hk, G, D)` over those of `k, v (S, Hk, D)` with `seen (S, Hk or 1)`, at least one: `(1, Hk * G, D)`, fp32.
 
-    Written as sums, a query head at a time, it compiles to loops that read keys and values once, as they lie, at the memory's speed. Products of
-    matrices with as few rows as G take twice as long, and scaled_dot_product_attention three times. Values are summed up `together` at a time,
-    a divisor of S: head by head, while a core's nearest cache holds them.
+    Written as sums, a query head at a time, it compiles to loops that read keys and values once, as they lie. Products of matrices with as few rows
+    as G take twice as long, and scaled_dot_product_attention three times. Values are summed up `together` at a time, a divisor of S: head by head,
+    while a core's nearest cache holds them; and divided by the sum of their weights last, so that the exponentials are a loop for all cores.
     """
     q, k, v = kept(q.float() * q.shape[-1] ** -0.5), k.float(), v.float().masked_fill(~seen[..., None], 0.0)
-    scores = torch.stack([(q_g * k).sum(-1) for q_g in q.unbind(1)]).masked_fill(~seen, float("-inf"))  # (G, S, Hk)
-    p = kept(kept(kept(scores).transpose(1, 2).contiguous()).softmax(-1)).transpose(1, 2)
+    scores = kept(torch.stack([(q_g * k).sum(-1) for q_g in q.unbind(1)]))  # (G, S, Hk)
+    scores = kept(scores.transpose(1, 2).masked_fill(~seen.T, float("-inf")).contiguous())  # (G, Hk, S)
+    e = kept((scores - scores.amax(-1, keepdim=True)).exp())
     v = v.unflatten(0, (-1, together))
-    return torch.stack([(p_g.unflatten(0, (-1, together))[..., None] * v).sum(1).sum(0) for p_g in p], 1).flatten(0, 1)[None]
+    parts = [(e_g.unflatten(1, (-1, together)).permute(1, 2, 0)[..., None] * v).sum(1) for e_g in e]  # each (S / together, Hk, D)
+    return (kept(torch.stack(parts, 2)).sum(0) / e.sum(-1).T[..., None]).flatten(0, 1)[None]
+
+
+def linear_as_sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` of one row `x (1, K)`, for the compiler: it makes it a loop at the memory's speed, and F.linear a library's product at a quarter of it."""
+    y = (weight * x).sum(-1)[None]
+    return y if bias is None else y + bias
 
 
 def sparse_slots(q: Tensor, pooled: Tensor, position: Tensor, spec: SparseSpec) -> tuple[Tensor, Tensor]:
