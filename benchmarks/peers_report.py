@@ -20,9 +20,9 @@ from rich.table import Table
 
 from dualbranch import plots
 from dualbranch.accounting import fast_keys, head_flops, token_flops, total_params
-from dualbranch.checkpoint import write_text
 from dualbranch.config import DualBranchConfig
 from dualbranch.measure import spread
+from dualbranch.storage import write_text
 
 # ---- arithmetic
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dualbranch import plots
-from dualbranch.checkpoint import write_text
 from dualbranch.distill.config import RunConfig
 from dualbranch.recall import recall_rows
 from dualbranch.schema import load_yaml
+from dualbranch.storage import write_text
 
 Runs = Mapping[str, Mapping[str, Any]]
 

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from dualbranch.storage import write_bytes
+
 # A token's id is its place in this tuple; checkpoints depend on it, so append only.
 CONTROL_TOKENS = (
     "<pad>",
@@ -313,20 +315,6 @@ def piece_bytes(processor: sentencepiece.SentencePieceProcessor, token: int) -> 
     if processor.IsControl(token) or processor.IsUnknown(token):
         return piece.encode()
     return piece.replace(_SPACE, " ").encode()
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path`: temporary name in the same folder, flush, rename. Makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _training_lines(text: str) -> Iterator[str]:

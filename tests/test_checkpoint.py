@@ -15,24 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualbranch.checkpoint import (
-    CHECKPOINT_FILES,
-    CheckpointError,
-    load,
-    load_checkpoint,
-    load_latest_state,
-    load_tensors,
-    newest_run,
-    read_manifest,
-    save_checkpoint,
-    save_state,
-    save_tensors,
-    write_text,
-)
+from dualbranch.checkpoint import CHECKPOINT_FILES, load, load_checkpoint, newest_run, read_manifest, save_checkpoint
 from dualbranch.config import DualBranchConfig
 from dualbranch.gate import Calibration
 from dualbranch.model import DualBranchModel
+from dualbranch.storage import CheckpointError, write_text
+from dualbranch.tensor_file import load_tensors, save_tensors
 from dualbranch.tokenizer import Tokenizer
+from dualbranch.training_state import load_latest_state, save_state
 
 CONFIG = DualBranchConfig(
     vocab_size=300, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=48, fast_n_heads=1, fast_d_ff=16
@@ -255,7 +245,8 @@ def test_a_kill_during_the_first_save_never_moves_the_training_state(tmp_path, t
 KILLED_LOOP = """
 import sys, torch
 from pathlib import Path
-from dualbranch.checkpoint import load_checkpoint, save_checkpoint, save_state
+from dualbranch.checkpoint import load_checkpoint, save_checkpoint
+from dualbranch.training_state import save_state
 folder = Path(sys.argv[1])
 model, tok = load_checkpoint(folder)
 step = 0

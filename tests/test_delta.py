@@ -13,7 +13,7 @@ from conftest import make_tiny_model
 from safetensors.torch import load_file, save_file
 
 from dualbranch import DualBranchConfig, DualBranchModel, load
-from dualbranch.checkpoint import CheckpointError, _sha256, save_checkpoint
+from dualbranch.checkpoint import save_checkpoint
 from dualbranch.cli import main as cli
 from dualbranch.convert import delta, names
 from dualbranch.convert.export import slow_model
@@ -21,6 +21,7 @@ from dualbranch.convert.rounding import round_groups
 from dualbranch.distill.config import RunConfig, StudentConfig, TeacherConfig
 from dualbranch.packed import PackedMatrix
 from dualbranch.schema import from_dict, save_yaml
+from dualbranch.storage import CheckpointError, sha256
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def rewrite(folder: Path, change) -> None:
     tensors = load_file(folder / delta.WEIGHTS)
     change(tensors)
     save_file(tensors, folder / delta.WEIGHTS)
-    edit_manifest(folder, lambda m: m["files"][delta.WEIGHTS].update(size=(folder / delta.WEIGHTS).stat().st_size, sha256=_sha256(folder / delta.WEIGHTS)))
+    edit_manifest(folder, lambda m: m["files"][delta.WEIGHTS].update(size=(folder / delta.WEIGHTS).stat().st_size, sha256=sha256(folder / delta.WEIGHTS)))
 
 
 def edit_manifest(folder: Path, change) -> None:
@@ -189,7 +190,7 @@ def test_a_shipped_delta_is_whole_small_and_belongs_to_the_weights_of_its_name(f
     manifest = json.loads((folder / "manifest.json").read_text())
     name = folder.name.removesuffix("-dual")
     assert manifest["extra"]["base"] == {"name": name, "sha256": names.PIP_MODELS[name].sha256}
-    assert all(_sha256(folder / file) == entry["sha256"] for file, entry in manifest["files"].items())
+    assert all(sha256(folder / file) == entry["sha256"] for file, entry in manifest["files"].items())
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 25e6
     model = DualBranchModel.without_weights(from_dict(DualBranchConfig, json.loads((folder / "config.json").read_text())))
     assert model.gate is not None and all(torch.isfinite(x).all() for x in load_file(folder / delta.WEIGHTS).values() if x.is_floating_point())

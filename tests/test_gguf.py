@@ -14,8 +14,8 @@ import torch
 from public_models import SIZES, write_gguf
 
 from dualbranch import generate, load
-from dualbranch.checkpoint import CheckpointError
 from dualbranch.convert.gguf import ARCHITECTURES, llama3_scaling, read_gguf
+from dualbranch.storage import CheckpointError
 
 
 def interleave(w: np.ndarray, n_heads: int) -> np.ndarray:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from dualbranch import DualBranchModel
-from dualbranch.checkpoint import CheckpointError, save_tensors
 from dualbranch.convert import families, huggingface
+from dualbranch.storage import CheckpointError
+from dualbranch.tensor_file import save_tensors
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -6,8 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
-from dualbranch.checkpoint import load, save_checkpoint, write_text
+from dualbranch.checkpoint import load, save_checkpoint
 from dualbranch.cli import add_model
+from dualbranch.storage import write_text
 
 #: The argument of each size that can be given.
 SIZES = {"layers": "n_layers", "width": "d_model", "heads": "n_heads", "kv-heads": "n_kv_heads", "ff": "d_ff"}

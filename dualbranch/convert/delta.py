@@ -17,11 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
-from dualbranch import checkpoint
-from dualbranch.checkpoint import CheckpointError, LoadedModel
+from dualbranch import checkpoint, storage
+from dualbranch.checkpoint import LoadedModel
 from dualbranch.config import DualBranchConfig
 from dualbranch.convert.rounding import input_grams, round_groups
 from dualbranch.data.packing import Rows
@@ -30,6 +29,8 @@ from dualbranch.gate import Calibration
 from dualbranch.model import DualBranchModel
 from dualbranch.precision import lay_out, quantize, unpack_branches
 from dualbranch.schema import to_dict
+from dualbranch.storage import CheckpointError
+from dualbranch.tensor_file import check_tensors, load_tensors, read_header, save_tensors
 
 #: What the fast branches' matrices can be packed at.
 DTYPES = ("int4", "int8", "bf16")
@@ -55,7 +56,7 @@ def weights_hash(path: Path) -> str:
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{path}: no weights there, neither a .gguf file nor safetensors")
-    hashes = [checkpoint._sha256(file) for file in files]
+    hashes = [storage.sha256(file) for file in files]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -85,12 +86,12 @@ def save_delta(
         for name, gram in input_grams(model, rows).items():
             part.get_submodule(name).matrix.pack(ours[f"{name}.weight"], partial(round_groups, gram=gram))
     folder.mkdir(parents=True)
-    checkpoint.write_text(folder / "config.json", json.dumps(to_dict(model.config), indent=1) + "\n")
-    checkpoint.save_tensors(folder / WEIGHTS, {name: x for name, x in part.state_dict().items() if name not in theirs}, {"format": "pt"})
+    storage.write_text(folder / "config.json", json.dumps(to_dict(model.config), indent=1) + "\n")
+    save_tensors(folder / WEIGHTS, {name: x for name, x in part.state_dict().items() if name not in theirs}, {"format": "pt"})
     if model.calibration is not None:
-        checkpoint.write_text(folder / "calibration.json", json.dumps(to_dict(model.calibration), indent=1) + "\n")
+        storage.write_text(folder / "calibration.json", json.dumps(to_dict(model.calibration), indent=1) + "\n")
     base_is = {"name": base_name, "sha256": weights_hash(base.folder)}
-    checkpoint._write_manifest(folder, _FORMAT, {**(extra or {}), "base": base_is, "precision": part.precision})
+    storage.write_manifest(folder, _FORMAT, {**(extra or {}), "base": base_is, "precision": part.precision})
 
 
 def load_delta(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None, accept_terms: bool = False) -> LoadedModel:
@@ -99,18 +100,18 @@ def load_delta(folder: Path, device: str | torch.device = "cpu", dtype: torch.dt
     The delta is checked before the base is looked for. Raises CheckpointError, naming file, field or tensor: damaged, cut short, of other shapes than its
     config says, made for other weights; and what loading the base raises.
     """
-    manifest = checkpoint._read_manifest(folder, _FORMAT)
+    manifest = storage.read_manifest(folder, _FORMAT)
     base_is = manifest["extra"].get("base")
     if not isinstance(base_is, dict) or not all(isinstance(base_is.get(key), str) for key in ("name", "sha256")):
         raise CheckpointError(f"{folder / 'manifest.json'}: base must say the name and sha256 of the weights the delta belongs to; export it again")
     for name in ("config.json", WEIGHTS):
         if name not in manifest["files"]:
             raise CheckpointError(f"{folder}: the manifest has no {name}; the delta is incomplete, export it again")
-    config = checkpoint._read_schema(folder, manifest, "config.json", DualBranchConfig)
-    calibration = checkpoint._read_schema(folder, manifest, "calibration.json", Calibration) if "calibration.json" in manifest["files"] else None
+    config = storage.read_schema(folder, manifest, "config.json", DualBranchConfig)
+    calibration = storage.read_schema(folder, manifest, "calibration.json", Calibration) if "calibration.json" in manifest["files"] else None
     if config.is_dense or config.fast_only:
         raise CheckpointError(f"{folder / 'config.json'}: not of a model with both branches; export the delta again")
-    path = checkpoint._verify(folder, manifest, WEIGHTS)
+    path = storage.verify(folder, manifest, WEIGHTS)
     known = _names_of_base(config)
     try:
         with torch.device("meta"):
@@ -118,14 +119,14 @@ def load_delta(folder: Path, device: str | torch.device = "cpu", dtype: torch.dt
     except ValueError as error:
         raise CheckpointError(f"{folder}: the manifest's {error}") from error
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name not in known}
-    checkpoint._check_tensors(path, checkpoint._read_header(path), shapes)
+    check_tensors(path, read_header(path), shapes)
 
     base = checkpoint.load(base_is["name"], dtype=dtype, accept_terms=accept_terms, dense=True)
     if not base.model.config.is_dense or slow_sizes(base.model.config) != slow_sizes(config):
         raise CheckpointError(f"{folder}: its sizes aren't those of {base_is['name']}, which it says it belongs to; export it again")
     if (found := weights_hash(base.folder)) != base_is["sha256"]:
         raise CheckpointError(f"{folder}: belongs to other weights than {base.folder} (their sha256 is {found}, needed {base_is['sha256']}); convert again")
-    model.load_state_dict(base.model.state_dict() | safetensors.torch.load_file(path), assign=True)
+    model.load_state_dict(base.model.state_dict() | load_tensors(path), assign=True)
     unpack_branches(model).to(device=device, dtype=base.model.dtype)
     model.calibration = calibration
     return LoadedModel(model.eval(), base.tokenizer, folder, base.extra | manifest["extra"])

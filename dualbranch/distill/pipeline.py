@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from dualbranch import accounting
-from dualbranch.checkpoint import load, load_checkpoint, save_checkpoint, write_text
+from dualbranch.checkpoint import load, load_checkpoint, save_checkpoint
 from dualbranch.config import DualBranchConfig
 from dualbranch.distill import dist, stages
 from dualbranch.distill.config import RunConfig, slow_sizes
@@ -27,6 +27,7 @@ from dualbranch.evaluate import run_evaluation
 from dualbranch.model import DualBranchModel
 from dualbranch.report import write_report
 from dualbranch.schema import load_yaml, save_yaml, to_dict
+from dualbranch.storage import write_text
 from dualbranch.tokenizer import Tokenizer
 from dualbranch.tokenizer_hf import with_thinking
 

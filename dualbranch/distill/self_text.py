@@ -19,11 +19,11 @@ import torch
 from rich.console import Console
 
 from dualbranch.chat import chat_format, render_prompt
-from dualbranch.checkpoint import write_text
 from dualbranch.distill import dist
 from dualbranch.distill.config import RunConfig
 from dualbranch.model import DualBranchModel
 from dualbranch.sampling import draw
+from dualbranch.storage import write_text
 from dualbranch.tokenizer import TokenizerBase
 from kernels import has_bf16_units
 

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from dualbranch.chat import render_prompt
-from dualbranch.checkpoint import write_text
 from dualbranch.data.problem import Problem, verify
 from dualbranch.distill import dist
 from dualbranch.distill.config import RunConfig
@@ -23,6 +22,7 @@ from dualbranch.generate import generate_batch
 from dualbranch.model import DualBranchModel
 from dualbranch.modes import resolve
 from dualbranch.sampling import SamplingParams
+from dualbranch.storage import write_text
 from dualbranch.tokenizer import TokenizerBase
 
 #: Problems of a round, all sampled at once.

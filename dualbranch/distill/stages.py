@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualbranch.chat import chat_format, render_prompt
-from dualbranch.checkpoint import load, write_text
+from dualbranch.checkpoint import load
 from dualbranch.config import DualBranchConfig
 from dualbranch.data.corpora import load_corpus
 from dualbranch.data.packing import Rows
@@ -39,6 +39,7 @@ from dualbranch.generate import generate_batch, prefill
 from dualbranch.model import DualBranchModel
 from dualbranch.modes import resolve
 from dualbranch.sampling import SamplingParams
+from dualbranch.storage import write_text
 from dualbranch.tokenizer import Tokenizer
 
 Log = Callable[[dict], None]

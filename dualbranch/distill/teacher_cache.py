@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dualbranch.checkpoint import CheckpointError, load_tensors, save_tensors
 from dualbranch.data.packing import Rows
 from dualbranch.distill.losses import truncated_distill_loss, truncated_targets
+from dualbranch.storage import CheckpointError
+from dualbranch.tensor_file import load_tensors, save_tensors
 
 
 def weights_hash(model: nn.Module) -> str:

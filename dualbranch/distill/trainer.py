@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from dualbranch.checkpoint import load_latest_state, save_state
 from dualbranch.data.packing import Rows
 from dualbranch.distill import dist
 from dualbranch.distill.config import OptimConfig
 from dualbranch.distill.optim import lr_factor, make_optimizers, set_lr
 from dualbranch.memory import keep_freed_memory
+from dualbranch.training_state import load_latest_state, save_state
 from kernels import has_bf16_units
 
 

@@ -1,0 +1,130 @@
+"""Safetensors files: written whole, and read after checking that the header accounts for every byte of them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dualbranch.storage import MAX_JSON, CheckpointError, parse_json
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""What weights may be saved as."""
+_ITEM_SIZES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write `tensors` as safetensors: temporary name in the same folder, flush, rename.
+
+    Takes tensors of any device and layout; those that share memory are stored once each.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        plain[name] = tensor
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        safetensors.torch.save_file(plain, temporary, dict(metadata) if metadata else None)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises CheckpointError if its header doesn't fit its size."""
+    read_header(Path(path))
+    return safetensors.torch.load_file(path)
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Names, types and shapes in a safetensors file, after checking that they account for each of its bytes."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or start[:4] == b"PK\x03\x04":
+                raise CheckpointError(f"{path}: this is a pickle file, which can run code; it isn't read, give safetensors")
+            if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_JSON):
+                raise CheckpointError(f"{path}: not a safetensors file, or truncated ({size} bytes); save it again")
+            header = parse_json(path, file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read ({error.strerror})") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: its header isn't a table of tensors; save it again")
+    header.pop("__metadata__", None)
+    spans, entries = [], {}
+    for name, entry in header.items():
+        try:
+            shape, (begin, end), item = tuple(entry["shape"]), entry["data_offsets"], _ITEM_SIZES[entry["dtype"]]
+            if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in (*shape, begin, end)):
+                raise ValueError("negative size")
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: tensor {name} has a malformed header entry; save it again") from error
+        if math.prod(shape) * item != end - begin:
+            raise CheckpointError(
+                f"{path}: tensor {name} has {end - begin} bytes, shape {list(shape)} of {entry['dtype']} needs"
+                f" {math.prod(shape) * item}; save it again"
+            )
+        spans.append((begin, end))
+        entries[name] = TensorEntry(entry["dtype"], shape)
+    reached = 0
+    for begin, end in sorted(spans):
+        if begin != reached:
+            raise CheckpointError(f"{path}: its tensors overlap or leave holes; save it again")
+        reached = end
+    if 8 + length + reached != size:
+        raise CheckpointError(
+            f"{path}: truncated or too long: its header accounts for {8 + length + reached} bytes, it has {size};"
+            " copy or save it again"
+        )
+    return entries
+
+
+def check_tensors(path: Path, header: dict[str, TensorEntry], expected: dict[str, tuple[int, ...]]) -> None:
+    """Names and shapes in the file are those of the model of `config.json`."""
+    missing = [name for name in expected if name not in header]
+    unexpected = [name for name in header if name not in expected]
+    if missing:
+        raise CheckpointError(
+            f"{path}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are; the file has"
+            f" {len(unexpected)} others); config.json belongs to another model, or the file was cut: save it again"
+        )
+    if unexpected:
+        raise CheckpointError(
+            f"{path}: tensor {unexpected[0]} isn't part of the model ({len(unexpected)} of {len(header)} aren't);"
+            " config.json belongs to another model: save it again"
+        )
+    for name, shape in expected.items():
+        if header[name].shape != shape:
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {list(header[name].shape)}, config.json asks for {list(shape)};"
+                " the two belong to different models: save it again"
+            )
