@@ -19,15 +19,16 @@ from dualbranch.tokenizer import Tokenizer
 from kernels import SparseSpec
 
 MANY = os.environ.get("HYPOTHESIS_PROFILE") == "many"  # `make parity`
-settings.register_profile("many", max_examples=1000, deadline=None)
+N_MANY = 420  # for each of five tests: 2,100 shapes
+settings.register_profile("many", max_examples=N_MANY, deadline=None)
 if MANY:
     settings.load_profile("many")
 torch.set_num_threads(1)  # tests are many tiny operations, and other jobs share the cores: waiting for a second thread costs 10x
 
 
 def drawn(n: int) -> int:
-    """max_examples of a test that draws shapes for the Triton kernels: n, or 1000 with HYPOTHESIS_PROFILE=many."""
-    return 1000 if MANY else n
+    """max_examples of a test that draws shapes for the Triton kernels: n, or N_MANY with HYPOTHESIS_PROFILE=many."""
+    return N_MANY if MANY else n
 
 
 def make_tiny_tokenizer(vocab_size: int = 400) -> Tokenizer:
