@@ -3,7 +3,7 @@
     python -m kernels.aot [--target sm_80 sm_90 sm_100] [--head-dim 64 128] [--match REGEX] [--json FILE]
 
 Exits 1 if a kernel for head_dim 64 or 128 spills registers, does not fit into shared memory, or does not compile. Each `kernels/*_triton.py`
-lists its cases in `aot_cases()`: (kernel, signature, constexprs, options, label). Numbers are read from the machine code, so a tensor-core
+lists its cases for a target in `aot_cases(target)`: (kernel, signature, constexprs, options, label). Numbers are read from the machine code, so a tensor-core
 instruction that is counted is one that will run; counts are static, per kernel, not per iteration.
 """
 
@@ -76,8 +76,8 @@ def triton_modules() -> list[str]:
     return [f"kernels.{path.stem}" for path in paths if "def aot_cases(" in path.read_text(encoding="utf-8")]
 
 
-def cases(module: str) -> list[tuple]:
-    return list(importlib.import_module(module).aot_cases())
+def cases(module: str, target: str) -> list[tuple]:
+    return list(importlib.import_module(module).aot_cases(target))
 
 
 def instruction_mix(sass: str) -> tuple[dict[str, int], dict[str, int], int, int]:
@@ -112,8 +112,8 @@ def compile_case(module: str, index: int, target: str) -> Report:
     from triton.compiler import ASTSource
     from triton.compiler.errors import TritonError
 
-    kernel, signature, constexprs, options, label = cases(module)[index]
-    report = Report(target, module.rpartition(".")[2], kernel.__name__, label, dict(options), head_dim_of(cases(module)[index]))
+    kernel, signature, constexprs, options, label = cases(module, target)[index]
+    report = Report(target, module.rpartition(".")[2], kernel.__name__, label, dict(options), head_dim_of(cases(module, target)[index]))
     start = sum(os.times()[:4])  # with child processes: the assembler and the disassembler
     full = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
     # what a launch finds out by itself: tensors begin at multiples of 16 bytes, and so do rows of a head_dim that is a multiple of 16
@@ -155,7 +155,7 @@ def compile_all(targets: Iterable[str], modules: Iterable[str], match: str = "",
     def wanted(module: str, case: tuple) -> bool:
         return bool(re.search(match, f"{module} {case[0].__name__} {case[4]}")) and (not head_dims or head_dim_of(case) in (None, *head_dims))
 
-    todo = [(m, i, t) for t in targets for m in modules for i, case in enumerate(cases(m)) if wanted(m, case)]
+    todo = [(m, i, t) for t in targets for m in modules for i, case in enumerate(cases(m, t)) if wanted(m, case)]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(compile_case, *zip(*todo, strict=True)) if todo else ()
 
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", nargs="+", choices=list(SHARED_KIB), default=["sm_90"], help="GPU architectures (default: sm_90)")
     parser.add_argument("--match", default="", metavar="REGEX", help="only cases whose module, kernel and label match")
     parser.add_argument("--head-dim", type=int, nargs="+", default=[], metavar="D", help="only cases for these, and those for any head_dim")
-    parser.add_argument("--modules", nargs="+", metavar="NAME", help="modules with aot_cases() (default: every kernels/*_triton.py)")
+    parser.add_argument("--modules", nargs="+", metavar="NAME", help="modules with aot_cases(target) (default: every kernels/*_triton.py)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (default: 2)")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there too")
     args = parser.parse_args(argv)

@@ -344,8 +344,8 @@ def launch_config(kernel: str, head_dim: int, group: int, n_queries: int = 1, dt
     block_s = 64 if block_d <= 64 or block_r * block_d <= 2048 else 32
     if dtype == torch.float32:  # no tensor cores: both factors of a product sit in registers
         block_r, block_s = 16, 32 if block_d <= 64 else 16
-    # a sparse split is a tile or two, with nothing to run ahead of; a dense one keeps two tiles on their way
-    return {"BLOCK_R": block_r, "BLOCK_D": block_d, "BLOCK_S": block_s, "num_warps": 4, "num_stages": 2 if kernel == "sparse" else 3}
+    # a sparse split is a tile or two, with nothing to run ahead of; a dense one keeps two tiles on their way, where registers and shared memory last
+    return {"BLOCK_R": block_r, "BLOCK_D": block_d, "BLOCK_S": block_s, "num_warps": 4, "num_stages": 2 if kernel == "sparse" or dtype == torch.float32 else 3}
 
 
 def split_keys(n_keys: int, n_programs: int, block_s: int) -> tuple[int, int]:
@@ -511,7 +511,7 @@ def _merge(out: Tensor, part: Tensor, stat: Tensor, n_splits: int) -> Tensor:
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "i8"}
 
 
-def aot_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int], str]]:
+def aot_cases(target: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int], str]]:
     """Everything to compile without a GPU: (kernel, signature {argument: type}, constexprs, {num_warps, num_stages}, label)."""
     bf16, fp16, fp32, int8 = _TYPES
     for M, n_blocks in ((8, 512), (16, 2048), (32, 8192), (16, 16384)):

@@ -46,7 +46,7 @@ def pool_keys(k: Tensor, block_size: int) -> Tensor:
     return pooled
 
 
-def aot_cases():
+def aot_cases(target: str):
     """(kernel, signature, constexprs, options, label) of what `kernels.aot` compiles ahead of time."""
     for head_dim in (64, 96, 128, 256):
         for dtype in ("bf16", "fp16", "fp32") if head_dim == 64 else ("bf16",):

@@ -356,7 +356,7 @@ def backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def aot_cases():
+def aot_cases(target: str):
     """(kernel, signature, constexprs, options, label) of what `kernels.aot` compiles ahead of time."""
     numbers = (*STRIDES, "do_sb", "do_st", "do_sh", "T", "S", "HK", "n_tiles", "n_entries", "n_chunks", "window", "n_sinks", "dense_len")
     tables = (*TABLES, "range_first", "range_stop", "runs", "run_start", "run_offset", "block_offset", "entry_tile", "entry_word")

@@ -139,13 +139,15 @@ def select_kernel(
     tl.store(block_ids + ((b64 * T + query) * HK + h)[:, None] * M + m[None, :], ids, mask=(query >= 0)[:, None] & (m < M)[None, :])
 
 
-def launch_config(head_dim: int, n_selected_blocks: int) -> dict:
-    """BT queries against BN blocks at a time; a buffer of CAP >= M + BN keys per query.
+def launch_config(head_dim: int, n_selected_blocks: int, hopper: bool) -> dict:
+    """BT queries against BN blocks at a time; a buffer of CAP >= M + BN keys per query. `hopper`: the device is one, or newer.
 
-    "ieee" products run on the ordinary cores; "tf32x3" on the tensor cores, to about 1e-6 of the score.
+    "ieee" products run on the ordinary cores; "tf32x3" on the tensor cores, to about 1e-6 of the score. Before Hopper both factors of a product sit in
+    registers, and wide heads leave none to load ahead into.
     """
     columns = max(32, 2 * triton.next_power_of_2(n_selected_blocks))
-    return {"BT": 64 if columns == 32 else 32, "BN": columns, "CAP": 2 * columns, "PRECISION": "tf32x3", "num_warps": 8, "num_stages": 2}
+    options = {"num_warps": 8, "num_stages": 2 if hopper or head_dim <= 64 else 1}
+    return {"BT": 64 if columns == 32 else 32, "BN": columns, "CAP": 2 * columns, "PRECISION": "tf32x3"} | options
 
 
 def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSpec) -> Tensor:
@@ -156,7 +158,7 @@ def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSp
     ids = torch.full((B, T, Hk, M), -1, dtype=torch.int32, device=q.device)
     if M == 0 or plan.all_dense(spec.dense_len) or pooled.shape[1] == 0:
         return ids
-    config = launch_config(D, M)
+    config = launch_config(D, M, not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (9, 0))
     tiles = make_tiles(plan, config["BT"], spec.window, spec.dense_len)
     per_query = 8 * config["CAP"] + 4 * padded_dim(D)
     step = min(tiles.n_tiles, max(1, SCRATCH_BYTES // (B * Hk * config["BT"] * per_query)))
@@ -172,14 +174,14 @@ def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSp
     return ids
 
 
-def aot_cases():
+def aot_cases(target: str):
     """(kernel, signature, constexprs, options, label) of what `kernels.aot` compiles ahead of time."""
     pointers = {"pooled": "*fp32", "q_sums": "*fp32", "buffers": "*i64"} | dict.fromkeys(("block_ids", "order", "tile_pos", "tile_start"), "*i32")
     numbers = ("q_sb", "q_st", "q_sh", "pooled_sb", "pooled_sn", "pooled_sh", "T", "HK", "n_tiles", "tile0", "window", "n_sinks", "dense_len")
     shapes = {(head_dim, dtype): group for head_dim, group, dtype in aot_shapes()}  # a group's size only changes the length of a loop
     for (head_dim, dtype), group in shapes.items():
         for m in (16, 32) if head_dim <= 128 and dtype == torch.bfloat16 else (16,):
-            constexprs = launch_config(head_dim, m)
+            constexprs = launch_config(head_dim, m, target != "sm_80")
             options = {x: constexprs.pop(x) for x in ("num_warps", "num_stages")}
             constexprs |= {"M": m, "MP": triton.next_power_of_2(m), "GROUP": group, "D": head_dim, "BD": padded_dim(head_dim), "BLOCK": 16, "COUNTING": False}
             signature = {"q": f"*{TYPE_NAME[dtype]}"} | pointers | dict.fromkeys(numbers, "i32")

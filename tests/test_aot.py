@@ -35,7 +35,7 @@ def broken(a):
     tl.store(a, nothing)
 
 
-def aot_cases():
+def aot_cases(target):
     types = {"a": "*bf16", "b": "*bf16", "c": "*bf16", "n_keys": "i32", "stride_a": "i32"}
     yield product, types, {"D": 64, "TILE": 64}, {"num_warps": 4, "num_stages": 2}, "good"
     for D in (64, 32):  # too few registers to hold the sums
