@@ -53,8 +53,7 @@ def judged(loaded: LoadedModel, prompt: list[int], reply: Generation) -> torch.T
     return torch.stack([(logp.argmax(-1) == chosen).float(), -logp.gather(1, chosen[:, None])[:, 0]])
 
 
-def measured(loaded: LoadedModel, way: str, prompts: list[list[int]], max_tokens: int) -> tuple[dict, list[Generation]]:
-    mode = mode_of(way, loaded)
+def measured(loaded: LoadedModel, way: str, mode: Mode, prompts: list[list[int]], max_tokens: int) -> tuple[dict, list[Generation]]:
     replies = generate_batch(loaded.model, loaded.tokenizer, prompts, mode, SamplingParams(max_tokens=max_tokens))
     agreement, surprise = torch.cat([judged(loaded, p, r) for p, r in zip(prompts, replies, strict=True)], 1).mean(1).tolist()
     new = [u for p, r in zip(prompts, replies, strict=True) for u in r.use_slow[len(p) :]]
@@ -77,10 +76,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     loaded = load(args.model)
+    try:
+        modes = {way: mode_of(way, loaded) for way in args.ways}
+    except ValueError as error:
+        parser.error(str(error))
     prompts = [prompt_ids(loaded.tokenizer, question) for question in QUESTIONS]
     console, rows = Console(), []
-    for way in args.ways:
-        row, replies = measured(loaded, way, prompts, args.max_tokens)
+    for way, mode in modes.items():
+        row, replies = measured(loaded, way, mode, prompts, args.max_tokens)
         rows.append(row)
         if args.show:
             for question, reply in zip(QUESTIONS, replies, strict=True):

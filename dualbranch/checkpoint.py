@@ -212,7 +212,7 @@ def _load_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | 
             model = lay_out(DualBranchModel.without_weights(config), precision)
     except ValueError as error:
         raise CheckpointError(f"{folder}: the manifest's {error}") from error
-    check_tensors(path, header, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    check_tensors(path, header, model.state_dict())
     weights = load_tensors(path)
     stored = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.float32)
     model.load_state_dict(weights, assign=True)

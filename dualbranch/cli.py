@@ -1,6 +1,6 @@
 """The command `dualbranch` (also `python -m dualbranch`): one sub-command per entry of `COMMANDS`, each a module of `commands/`.
 
-A command's module has `HELP`, `add_arguments(parser)` and `run(args) -> exit code`, and is imported when it is asked for. Errors a user can mend
+A command's module has `add_arguments(parser)` and `run(args) -> exit code`, and is imported when it is asked for. Errors a user can mend
 become one line and exit code 2, as in `infer.py`.
 """
 

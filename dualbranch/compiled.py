@@ -21,39 +21,42 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from dualbranch import block, layers, packed, routing, runner
+from dualbranch import block, config, layers, packed, routing, runner
 from dualbranch.config import DualBranchConfig
 from dualbranch.convert.names import cache_folder
 from dualbranch.packed import COMPILE_OPTIONS
 from dualbranch.schema import to_dict
+from kernels import has_bf16_units
 
 if TYPE_CHECKING:
     from dualbranch.model import DualBranchModel
 
-#: The code of the steps; a change to any of them makes new libraries.
-SOURCES = (runner, packed, block, layers, routing)
+#: The code of the steps, with this module's; a change to any of them makes new libraries.
+SOURCES = (runner, packed, block, layers, routing, config)
 #: Settings that no step depends on.
 FREE = ("n_layers", "n_stem", "n_tail", "max_seq_len", "rope_theta", "rope_scaling", "d_gate")
 
 
-def unavailable(model: DualBranchModel) -> str | None:
-    """Why the decode step of `model` can't be compiled here, or None."""
+def unavailable(model: DualBranchModel, build: bool = True) -> str | None:
+    """Why the decode step of `model` can't be compiled here, or (`build` False) not run compiled even where that was done; None where it can."""
     if model.device.type != "cpu" or model.dtype != torch.float32:
         return f"it is compiled for CPUs and fp32 activations, and the model is in {str(model.dtype).removeprefix('torch.')} on {model.device}"
     compiler = os.environ.get("CXX") or "g++"
-    if shutil.which(compiler) is None:
+    if build and shutil.which(compiler) is None:
         return f"there is no C++ compiler {compiler!r}; install one (apt install g++), or name yours in CXX"
     return None
 
 
-def steps_folder(config: DualBranchConfig, precision: str) -> Path:
+def steps_folder(c: DualBranchConfig, precision: str) -> Path:
     """Where the steps of such models lie on this machine, compiled or not."""
     digest = hashlib.sha256()
-    for module in SOURCES:
-        digest.update(Path(module.__file__).read_bytes())
-    settings = {name: value for name, value in to_dict(config).items() if name not in FREE}
-    machine = (torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads() > 1)
-    digest.update(json.dumps([settings, config.is_dense, config.fast_only, precision, machine], sort_keys=True).encode())
+    for path in (__file__, *(module.__file__ for module in SOURCES)):
+        digest.update(Path(path).read_bytes())
+    settings = {name: value for name, value in to_dict(c).items() if name not in FREE}
+    kinds = sorted({(i in c.sliding_layers, i in c.dual_layers) for i in range(c.n_layers)})  # of layers
+    cpu = torch.device("cpu")
+    machine = (torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), has_bf16_units(cpu), torch.get_num_threads() > 1)
+    digest.update(json.dumps([settings, kinds, c.fast_only, precision, machine], sort_keys=True).encode())
     return cache_folder() / "compiled" / digest.hexdigest()[:16]
 
 
@@ -85,9 +88,9 @@ def _opened(path: Path) -> Callable:
 
 
 def build(model: DualBranchModel, note: Callable[[str], None] = lambda text: None) -> None:
-    """Compiles the steps of `model` where that has not been done; `note` is told of each. Half a minute per step; a killed build is taken up again.
+    """Compiles the steps of `model` where that has not been done; `note` is told of each. About ten seconds per step; a killed build is taken up again.
 
-    Raises ValueError where it can't be done.
+    Raises ValueError where it can't be done, and where the compiler fails.
     """
     if reason := unavailable(model):
         raise ValueError(f"the decode step can't be compiled: {reason}")
@@ -104,7 +107,10 @@ def build(model: DualBranchModel, note: Callable[[str], None] = lambda text: Non
             program = torch.export.export(step, args, dynamic_shapes=dynamic, strict=False)
             program = program.run_decompositions({torch.ops.aten.linear.default: runner.linear_as_sums})
             path = str(Path(temporary) / f"{name}.pt2")
-            torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=COMPILE_OPTIONS)
+            try:
+                torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=COMPILE_OPTIONS)
+            except RuntimeError as error:  # all that torch raises for a compiler that fails
+                raise ValueError(f"{name} can't be compiled: {str(error).strip()[:300]}") from error
             os.replace(path, folder / f"{name}.pt2")
     (folder / "done").touch()
 

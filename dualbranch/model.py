@@ -146,6 +146,8 @@ class DualBranchModel(nn.Module):
         if self.config.fast_only and (bool(route.any()) if isinstance(route, Tensor) else route != "fast"):
             asked = "a slow token" if isinstance(route, Tensor) else f"route {route!r}"
             raise ValueError(f"{asked}: this model was exported with its fast branch alone; it runs on route fast only (mode fast)")
+        if isinstance(route, str) and route not in ROUTES:
+            raise ValueError(f"unknown route {route!r}; choose one of {', '.join(ROUTES)}")
         if self.runner is not None and logits_at is None and Runner.takes(tokens, route, cache):
             return self.runner(tokens, lambda x: self._decide(x, route, budget, threshold, (1, 1)), cache)
         B, T = tokens.shape
@@ -213,7 +215,7 @@ class DualBranchModel(nn.Module):
         """
         from dualbranch import compiled
 
-        reason = compiled.unavailable(self)
+        reason = compiled.unavailable(self, build and not compiled.is_built(self, self.precision))
         if reason is None and build:
             compiled.build(self, logger.info)
         steps = None if reason else compiled.load_steps(self)
@@ -251,8 +253,6 @@ class DualBranchModel(nn.Module):
         """`g (B, T)` and `use_slow (B, T)`, each None where it has no meaning."""
         if isinstance(route, Tensor):
             return None, route
-        if route not in ROUTES:
-            raise ValueError(f"unknown route {route!r}; choose one of {', '.join(ROUTES)}")
         if self.config.is_dense or route == "slow":
             return None, None
         if route == "fast":

@@ -245,6 +245,8 @@ class Runner:
 
         model, c = self.model, self.model.config
         slot = cache.next_slot()
+        if slot >= c.max_seq_len:
+            raise ValueError(f"{slot + 1} tokens exceed max_seq_len = {c.max_seq_len}; shorten the prompt or raise it (rope_scaling)")
         position, blocks = torch.tensor([slot]), self.scratch[0, : slot // c.sparse.block_size + 1, 0, 0]
         angles, sliding = (None if rope is None else rope(position, slot + 1) for rope in (model.rope, model.sliding_rope))
         x = self.embed(tokens[0])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dualbranch.storage import MAX_JSON, CheckpointError, parse_json
@@ -60,7 +61,10 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadat
 def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU. Raises CheckpointError if its header doesn't fit its size."""
     read_header(Path(path))
-    return safetensors.torch.load_file(path)
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: can't be read ({error}); copy or save it again") from error
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -108,8 +112,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def check_tensors(path: Path, header: dict[str, TensorEntry], expected: dict[str, tuple[int, ...]]) -> None:
-    """Names and shapes in the file are those of the model of `config.json`."""
+def check_tensors(path: Path, header: dict[str, TensorEntry], expected: Mapping[str, Tensor]) -> None:
+    """Names, shapes and kinds of numbers in the file are those of the tensors of the model of `config.json`."""
     missing = [name for name in expected if name not in header]
     unexpected = [name for name in header if name not in expected]
     if missing:
@@ -122,7 +126,10 @@ def check_tensors(path: Path, header: dict[str, TensorEntry], expected: dict[str
             f"{path}: tensor {unexpected[0]} isn't part of the model ({len(unexpected)} of {len(header)} aren't);"
             " config.json belongs to another model: save it again"
         )
-    for name, shape in expected.items():
+    for name, tensor in expected.items():
+        shape, kinds = tuple(tensor.shape), ("F16", "BF16", "F32") if tensor.is_floating_point() else ("I32",)
+        if header[name].dtype not in kinds:
+            raise CheckpointError(f"{path}: tensor {name} holds {header[name].dtype}, needed {' or '.join(kinds)}; save it again")
         if header[name].shape != shape:
             raise CheckpointError(
                 f"{path}: tensor {name} has shape {list(header[name].shape)}, config.json asks for {list(shape)};"

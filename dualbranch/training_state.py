@@ -61,17 +61,22 @@ def save_state(
     write_text(temporary / "state.json", json.dumps({"step": step, **tree}))
     write_manifest(temporary, FORMAT, {})
     if final.exists():  # the same step again, as after a fall back; the state before it is still there
-        remove(final)
+        _discard(final)
     os.rename(temporary, final)
     sync_folder(folder)
     states = _state_folders(folder)
     kept = [path for path in states if _step_of(path) <= step][-max(1, keep) :]
     for path in states:
         if path not in kept:
-            discarded = path.with_name(f".{path.name}.tmp")  # never half removed under its own name
-            os.rename(path, discarded)
-            remove(discarded)
+            _discard(path)
     return final
+
+
+def _discard(state: Path) -> None:
+    """Never half removed under its own name."""
+    discarded = state.with_name(f".{state.name}.old.tmp")
+    os.rename(state, discarded)
+    remove(discarded)
 
 
 def load_latest_state(folder: str | os.PathLike) -> TrainingState | None:

@@ -450,6 +450,20 @@ def test_missing_and_renamed_tensors_are_named(saved, model):
     assert "tensor spare isn't part of the model" in refused(saved)
 
 
+def test_numbers_of_another_kind_are_named(saved, model):
+    tensors = {name: t.clone() for name, t in model.state_dict().items()}
+    tensors["norm.weight"] = tensors["norm.weight"].int()
+    forge(saved, "model.safetensors", safetensors.torch.save(tensors))
+    assert "tensor norm.weight holds I32, needed F16 or BF16 or F32" in refused(saved)
+
+
+def test_what_safetensors_itself_refuses_is_a_checkpoint_error(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(raw_safetensors({"__metadata__": {"a": 1}, "a": F32}, bytes(4)))
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: can't be read"):
+        load_tensors(path)
+
+
 # ---- names
 
 

@@ -16,6 +16,7 @@ from dualbranch import DualBranchConfig, DualBranchModel, RopeScaling, Tokenizer
 from dualbranch.accounting import total_params
 from dualbranch.convert import families
 from dualbranch.convert.export import export, fast_model, slow_model
+from dualbranch.precision import quantize
 from kernels import SparseSpec
 
 TOK = public_models.tokenizer_of("smollm2")
@@ -259,6 +260,9 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path):
             export(model, TOK, tmp_path / "m", *args)
     with pytest.raises(ValueError, match="no public format has two branches"):
         export(random_model(DUAL), TOK, tmp_path / "m", "dual", "gguf")
+    for packed, *args in ((quantize(copy.deepcopy(model), "slow=int8"), "slow", "hf"), (quantize(random_model(DUAL), "int8"), "fast", "safetensors")):
+        with pytest.raises(ValueError, match=r"packed at .*; export the one it was quantized from"):
+            export(packed, TOK, tmp_path / "m", *args)
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.blocks[1].slow.w_o.weight[0, 0] = 1e6  # more than half precision holds

@@ -13,6 +13,7 @@ from dualbranch.accounting import total_params
 from dualbranch.convert import families
 from dualbranch.convert.prune import choose_sizes, measure, prune
 from dualbranch.data.packing import pack
+from dualbranch.precision import quantize
 from kernels import SparseSpec
 
 SIZES = {"d_model": 48, "n_layers": 4, "n_stem": 4, "n_heads": 6, "n_kv_heads": 3, "head_dim": 8, "d_ff": 64, "fast_n_heads": 3, "fast_d_ff": 16}
@@ -85,6 +86,11 @@ def test_pruning_to_the_whole_is_the_identity(rows):
         assert not families.differences(model.config, small.config) and report["share"] == 1
         assert all(torch.equal(x, small.state_dict()[name]) for name, x in model.state_dict().items())
         assert small.embed.weight.data_ptr() != model.embed.weight.data_ptr()
+
+
+def test_packed_models_are_refused(rows):
+    with pytest.raises(ValueError, match="packed at int8; prune the one it was quantized from"):
+        prune(quantize(random_model(), "int8"), rows)
 
 
 @pytest.mark.parametrize("share", [0.8, 0.5, 0.35, 0.2])

@@ -26,3 +26,11 @@ def test_loops_counts_runs_that_stood_before():
     assert replies.loops([1, 2, 3]) == 0
     assert replies.loops([1, 2, 3, 4, 5, 6]) == 0
     assert replies.loops([7] * 8) == pytest.approx(4 / 5)
+
+
+def test_an_unknown_way_ends_before_anything_is_measured(tiny, tmp_path, capsys):
+    save_checkpoint(tmp_path, *tiny)
+    for way in ("sideways", "auto:2"):
+        with pytest.raises(SystemExit):
+            replies.main([str(tmp_path), "--ways", "think", way])
+    assert "think" not in capsys.readouterr().out

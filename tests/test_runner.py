@@ -145,6 +145,32 @@ def test_compiled_in_fp32_it_computes_the_same(monkeypatch, tmp_path):
             if name.endswith("bias"):
                 parameter.normal_(generator=torch.Generator().manual_seed(2))
     expected = decode(model, tokens, 5, "slow")[0]
-    assert model.compile_decode(build=True)
+    build(model)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert model.compile_decode(), "what is built needs no compiler"
     for a, b in zip(decode(model, tokens, 5, "slow")[0], expected, strict=True):
         torch.testing.assert_close(a.logits, b.logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(unavailable(make_tiny_model(400)) is not None, reason="no C++ compiler")
+def test_a_compiler_that_fails_is_a_value_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("DUALBRANCH_CACHE", str(tmp_path))
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("C++ compile error\nno space left")
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fail)
+    with pytest.raises(ValueError, match="slow can't be compiled: C\\+\\+ compile error"):
+        build(make_tiny_model(400))
+
+
+@torch.no_grad()
+def test_the_runner_refuses_what_the_model_refuses():
+    model = uncompiled(make_tiny_model(400, n_stem=4, n_tail=0, max_seq_len=32))
+    cache, token = model.new_cache(1, 64), torch.tensor([[11]])
+    model(torch.full((1, 31), 11), "slow", cache=cache)
+    with pytest.raises(ValueError, match="unknown route 'sideways'"):
+        model(token, "sideways", cache=cache)
+    model(token, "slow", cache=cache)
+    with pytest.raises(ValueError, match="33 tokens exceed max_seq_len = 32"):
+        model(token, "slow", cache=cache)

@@ -21,11 +21,13 @@ def run(args: argparse.Namespace) -> int:
     from dualbranch.precision import quantize
 
     model, console = load(args.model, accept_terms=args.accept_gemma_terms).model, Console(stderr=True)
-    precision = args.precision or ("int8" if model.precision == "fp32" else model.precision)
-    if precision != model.precision:
+    stored = model.precision
+    precision = args.precision or ("int8" if stored == "fp32" else stored)
+    if precision != stored:
         quantize(model, precision)
     started = time.perf_counter()
     with console.status("compiling") as status:
         build(model, status.update if console.is_terminal else console.print)
-    print(f"{args.model} at {model.precision}: compiled in {time.perf_counter() - started:.0f} s; infer.py uses it from now on")
+    used = "infer.py uses it from now on" if precision in (stored, "int8") else f"infer.py --precision {precision} uses it"
+    print(f"{args.model} at {precision}: compiled in {time.perf_counter() - started:.0f} s; {used}")
     return 0

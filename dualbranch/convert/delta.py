@@ -118,8 +118,7 @@ def load_delta(folder: Path, device: str | torch.device = "cpu", dtype: torch.dt
             model = lay_out(DualBranchModel.without_weights(config), manifest["extra"].get("precision"))
     except ValueError as error:
         raise CheckpointError(f"{folder}: the manifest's {error}") from error
-    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name not in known}
-    check_tensors(path, read_header(path), shapes)
+    check_tensors(path, read_header(path), {name: x for name, x in model.state_dict().items() if name not in known})
 
     base = checkpoint.load(base_is["name"], dtype=dtype, accept_terms=accept_terms, dense=True)
     if not base.model.config.is_dense or slow_sizes(base.model.config) != slow_sizes(config):

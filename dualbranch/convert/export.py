@@ -79,6 +79,8 @@ def export(
         raise ValueError(f"{folder}: there is something already; give a new folder")
     if branch == "dual" and model.config.is_dense:
         raise ValueError("branch is 'dual', but the model has no fast branch; export its slow branch, or convert it first")
+    if model.precision != "fp32" and not (to == "safetensors" and (branch == "dual" or model.config.is_dense)):
+        raise ValueError(f"this model is packed at {model.precision}; export the one it was quantized from, or all of it to safetensors")
     if to == "delta" and (branch != "dual" or base is None):
         raise ValueError("a delta is branch 'dual' without the model it was converted from; give that model as well")
     check_vocab(model.config, tokenizer)

@@ -58,6 +58,8 @@ def prune(
     before and after, importance of layers and heads, what was kept, and the share of importance that it holds.
     Raises ValueError: a share or size that can't be had, too few tokens, a model without weights that are finite.
     """
+    if model.precision != "fp32":
+        raise ValueError(f"this model is packed at {model.precision}; prune the one it was quantized from")
     source = slow_model(model)
     given = {"n_layers": n_layers, "d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_ff": d_ff}
     small = choose_sizes(source.config, target_share, **{name: size for name, size in given.items() if size is not None})

@@ -1,7 +1,7 @@
 """The training loop every stage uses: schedule, gradient, metrics, progress, checkpoints, resume.
 
 A stage gives a `loss_fn(step, micro_batch_rows) -> {name: sum}`; everything that must survive a kill is the model, the optimizer
-and the step, because batches are functions of the step. Written state is always complete (checkpoint.save_state).
+and the step, because batches are functions of the step. Written state is always complete (training_state.save_state).
 """
 
 from __future__ import annotations
