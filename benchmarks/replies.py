@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    loaded = load(args.model)
     try:
+        loaded = load(args.model)
         modes = {way: mode_of(way, loaded) for way in args.ways}
     except ValueError as error:
         parser.error(str(error))

@@ -33,4 +33,6 @@ def test_an_unknown_way_ends_before_anything_is_measured(tiny, tmp_path, capsys)
     for way in ("sideways", "auto:2"):
         with pytest.raises(SystemExit):
             replies.main([str(tmp_path), "--ways", "think", way])
+    with pytest.raises(SystemExit):
+        replies.main([str(tmp_path / "nothing")])
     assert "think" not in capsys.readouterr().out

@@ -10,7 +10,7 @@ from dualbranch.cache import CacheFull
 from dualbranch.compiled import build, steps_folder, unavailable
 from dualbranch.model import DualBranchModel
 from dualbranch.precision import quantize
-from dualbranch.runner import Runner, plain_steps
+from dualbranch.runner import Runner, plain_steps, read
 from kernels import SparseSpec, has_bf16_units
 
 DIALECTS = {
@@ -162,6 +162,16 @@ def test_a_compiler_that_fails_is_a_value_error(monkeypatch, tmp_path):
     monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fail)
     with pytest.raises(ValueError, match="slow can't be compiled: C\\+\\+ compile error"):
         build(make_tiny_model(400))
+
+
+def test_heads_whose_scores_lie_far_apart_keep_their_own_scale():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(2, 3, 8, generator=generator), torch.randn(12, 2, 8, generator=generator), torch.randn(12, 2, 8, generator=generator)
+    k[..., 0] = 1
+    q[..., 0] = torch.tensor([[900.0, 0, -900], [-900, 500, 0]])  # the same for all keys: it changes no weight
+    seen = torch.arange(12) < 10
+    expected = torch.nn.functional.scaled_dot_product_attention(q[:, :, None].double(), *(x[:10].transpose(0, 1)[:, None].double() for x in (k, v)))
+    torch.testing.assert_close(read(q, k, v, seen[:, None], 4)[0], expected.flatten(0, 2).float(), rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
