@@ -83,10 +83,14 @@ class Block(nn.Module):
         self.slow = None if dual and c.fast_only else Branch(c, c.n_heads, c.d_ff, slow_reads, sliding)
         self.fast = Branch(c, c.fast_n_heads, c.fast_d_ff, fast_reads, sliding) if dual else None
 
-    def forward(self, x: Tensor, partition: Partition, store: KVStore) -> Tensor:
-        """Hard route: `x (N, E)`, ordered as `partition` says ([slow | fast]), to `(N, E)`; each token pays for one branch."""
+    def forward(self, x: Tensor, partition: Partition, store: KVStore, only: TokenGroup | None = None) -> Tensor:
+        """Hard route: `x (N, E)`, ordered as `partition` says ([slow | fast]), to `(N, E)`; each token pays for one branch.
+
+        `only`: the tokens whose output is wanted, by the slow branch; of the others there are keys and values alone."""
         h = self.attn_norm(x)
         keys = store(*self.kv(h, *partition.angles(self.sliding)))
+        if only is not None:
+            return self.slow(x[only.cells], h[only.cells], only, *keys)
         n, parts = partition.n_slow, []
         if partition.slow is not None:
             parts.append(self.slow(x[:n], h[:n], partition.slow, *keys))

@@ -152,15 +152,39 @@ class DualBranchModel(nn.Module):
             return self.runner(tokens, lambda x: self._decide(x, route, budget, threshold, (1, 1)), cache)
         B, T = tokens.shape
         if B == 1 and T > PROMPT_AT_ONCE and cache is not None and last_only and lengths is doc_start is None and not torch.is_grad_enabled():
-            return self._in_parts(tokens, route, cache, budget, threshold)
+            x, g, use_slow = self._in_parts(tokens, route, cache, budget, threshold)
+        else:
+            x, g, use_slow = self._stream(tokens, route, cache, lengths, doc_start, budget, threshold, last_only)
+        return ModelOutput(self.logits(x if logits_at is None else x[logits_at]), x, g, use_slow)
+
+    def _stream(
+        self,
+        tokens: Tensor,
+        route: str | Tensor,
+        cache: KVCache | None,
+        lengths: Tensor | None,
+        doc_start: Tensor | None,
+        budget: float | None,
+        threshold: float | Tensor | None,
+        last_only: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What `forward` gives before the final norm and head: `hidden`, `g` and `use_slow`."""
+        B, T = tokens.shape
         grid, keys, n_new = self._place(tokens, cache, lengths, doc_start)
         whole = grid.whole()
         all_slow = Partition.uniform(whole, slow=True)
-        x = self.embed(tokens).flatten(0, 1)  # (B * T, E)
         c = self.config
-        for i in range(c.n_stem):
-            x = self.blocks[i](x, all_slow, keys.layer(i, None))
+        last = None  # the tokens that the last layer computes: where the others would go nowhere but into logits that nobody reads, only these
+        if last_only and T > 1 and c.n_layers - 1 not in c.dual_layers:
+            last = grid.subset(torch.arange(B, device=tokens.device) * T + (n_new - 1).clamp(min=0).to(tokens.device))
+        x = self.embed(tokens).flatten(0, 1)  # (B * T, E)
 
+        def ordinary_layers(x: Tensor, begin: int, end: int) -> Tensor:
+            for i in range(begin, end):
+                x = self.blocks[i](x, all_slow, keys.layer(i, None), last if i == c.n_layers - 1 else None)
+            return x
+
+        x = ordinary_layers(x, 0, c.n_stem)
         g, use_slow = self._decide(x, route, budget, threshold, (B, T))
         if isinstance(route, str) and route == "soft" and g is not None:
             for i in c.dual_layers:
@@ -173,26 +197,25 @@ class DualBranchModel(nn.Module):
                 x = self.blocks[i](x, partition, keys.layer(i, partition.order))
             if partition.order is not None:
                 x = x.new_zeros(B * T, c.d_model).index_copy(0, partition.order, x)
-        for i in range(c.n_layers - c.n_tail, c.n_layers):
-            x = self.blocks[i](x, all_slow, keys.layer(i, None))
+        x = ordinary_layers(x, c.n_layers - c.n_tail, c.n_layers)
 
         keys.advance(use_slow)
-        x = x.view(B, T, -1)
-        if last_only:
-            last = (n_new - 1).clamp(min=0).to(x.device)
-            x = x[torch.arange(B, device=x.device), last][:, None]
-        return ModelOutput(self.logits(x if logits_at is None else x[logits_at]), x, g, use_slow)
+        x = x.view(B, -1, c.d_model)
+        if last_only and x.shape[1] > 1:
+            at = (n_new - 1).clamp(min=0).to(x.device)
+            x = x[torch.arange(B, device=x.device), at][:, None]
+        return x, g, use_slow
 
-    def _in_parts(self, tokens: Tensor, route: str | Tensor, cache: KVCache, budget: float | None, threshold: float | Tensor | None) -> ModelOutput:
-        """What forward gives for one long row and its last token, in parts of at most `PROMPT_AT_ONCE` tokens."""
+    def _in_parts(
+        self, tokens: Tensor, route: str | Tensor, cache: KVCache, budget: float | None, threshold: float | Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What `_stream` gives for one long row and its last token, in parts of at most `PROMPT_AT_ONCE` tokens."""
         cache.check_room(int(cache.n_cached[0]) + tokens.shape[1])  # all of them fit, or nothing is written
-        parts, found = tokens.chunk(-(-tokens.shape[1] // PROMPT_AT_ONCE), 1), []
+        parts = tokens.chunk(-(-tokens.shape[1] // PROMPT_AT_ONCE), 1)
         routes = route.split([p.shape[1] for p in parts], 1) if isinstance(route, Tensor) else [route] * len(parts)
-        for i, (part, of_part) in enumerate(zip(parts, routes, strict=True)):
-            wanted = {"last_only": True} if i == len(parts) - 1 else {"logits_at": torch.zeros_like(part, dtype=torch.bool)}
-            found.append(self(part, of_part, cache=cache, budget=budget, threshold=threshold, **wanted))
-        g, use_slow = (None if x[0] is None else torch.cat(x, 1) for x in ([f.g for f in found], [f.use_slow for f in found]))
-        return ModelOutput(found[-1].logits, found[-1].hidden, g, use_slow)
+        found = [self._stream(part, of_part, cache, None, None, budget, threshold, True) for part, of_part in zip(parts, routes, strict=True)]
+        g, use_slow = (None if x[0] is None else torch.cat(x, 1) for x in ([f[1] for f in found], [f[2] for f in found]))
+        return found[-1][0], g, use_slow
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: residual stream `(..., E)` to fp32 `(..., V)`."""

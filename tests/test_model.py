@@ -23,6 +23,8 @@ ROUTES = ("slow", "fast", "auto", "mixed")
 def build(config: DualBranchConfig = CONFIG, seed: int = 0) -> DualBranchModel:
     model = DualBranchModel(config).eval()
     model.init_weights(seed)
+    if config.is_dense:
+        return model
     with torch.no_grad():  # the initial gate hardly varies; make its decisions differ from token to token
         model.gate.w_in.weight.normal_(generator=torch.Generator().manual_seed(seed)).mul_(2)
     return model
@@ -188,6 +190,37 @@ def test_logits_at_some_tokens_are_those_of_the_whole_in_row_major_order():
     whole, some = MODEL(t, "auto", threshold=THRESHOLD), MODEL(t, "auto", threshold=THRESHOLD, logits_at=at)
     assert_close(some.logits, whole.logits[at])
     assert torch.equal(some.hidden, whole.hidden)
+
+
+LASTS = {
+    "slow layer": MODEL,
+    "dual layer": build(dataclasses.replace(CONFIG, n_tail=0)),
+    "dense": build(dataclasses.replace(CONFIG, n_stem=5, n_tail=0)),
+    "sliding": build(dataclasses.replace(CONFIG, sliding_window=6, sliding_layers=(0, 2, 4))),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", LASTS)
+@pytest.mark.parametrize("name", ROUTES)
+def test_last_only_gives_the_last_tokens_of_the_whole_and_the_same_cache(kind, name):
+    model, t, lengths = LASTS[kind], tokens(3, 24), torch.tensor([24, 1, 17])
+    route = "slow" if model.config.is_dense else route_of(name, t)
+    caches = [model.new_cache(3, 32) for _ in range(2)]
+    seen = []
+    hook = model.blocks[-1].kv.register_forward_hook(lambda module, args, out: seen.append(len(out[0])))
+    more = model.blocks[-1].slow.ff.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    for start, end, n in ((0, 24, lengths), (0, 7, torch.tensor([7, 3, 5]))):  # a prompt, and more of it
+        part = [x[:, start:end] if isinstance(x, torch.Tensor) else x for x in (t, route)]
+        whole, last = (model(*part, cache=c, lengths=n, threshold=THRESHOLD, last_only=only) for c, only in zip(caches, (False, True), strict=True))
+        rows = torch.arange(3), n - 1
+        assert_close(last.logits[:, 0], whole.logits[rows])
+        assert_close(last.hidden[:, 0], whole.hidden[rows])
+    for a, b in zip(caches[0].k + caches[0].v, caches[1].k + caches[1].v, strict=True):
+        assert_close(a, b)
+    hook.remove(), more.remove()
+    if kind != "dual layer":
+        assert seen[2:4] == [3 * 24, 3]  # the keys of all, the rest of the last layer for one token of each row
 
 
 def test_every_token_is_in_the_cache_whichever_branch_computed_it():
