@@ -26,6 +26,8 @@ from kernels import has_bf16_units
 
 TWO_DIGIT_SUM = re.compile(r"(?<!\d)\d\d \+ \d\d(?!\d)")
 BUDGET = 64
+#: Draws of a problem for each that is wanted.
+DRAWS = 100
 
 
 def chickens(rng: random.Random, shift: str | None) -> Problem:
@@ -45,10 +47,12 @@ TASKS = {"chicken-and-rabbit": chickens, "two-digit addition": addition}
 def problems(name: str, shift: str | None, n: int) -> list[Problem]:
     """`n` problems of the test split, no prompt twice."""
     rng, found = random.Random(f"reasoning:{name}:{shift}"), {}
-    while len(found) < n:
+    for _ in range(DRAWS * n):
         problem = TASKS[name](rng, shift)
         found.setdefault(problem.prompt, problem)
-    return list(found.values())
+        if len(found) == n:
+            return list(found.values())
+    raise SystemExit(f"--n is {n}, but after {DRAWS * n} draws there are only {len(found)} problems of {name} ({shift or 'no shift'}); lower it")
 
 
 def modes(has_gate: bool) -> dict[str, Mode]:

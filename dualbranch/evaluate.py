@@ -47,7 +47,7 @@ def draw_problems(config: RunConfig, tasks: Sequence[str] = (), split: str = "te
     n = config.evaluation.n_problems if shift is None else config.evaluation.n_shifted
     cells = [(level, lang) for level in LEVELS for lang in config.data.langs or LANGS]
     problems = []
-    for task in tasks or config.data.tasks or TASKS:
+    for task in dict.fromkeys(tasks or config.data.tasks or TASKS):  # named twice, a task is trained on twice as often
         if shift is not None and shift not in TASKS[task].shifts:
             continue
         rng, seen = random.Random(f"evaluate:{config.seed}:{split}:{task}:{shift}"), set()
@@ -179,7 +179,7 @@ def evaluate(model: DualBranchModel, tok: Tokenizer, problems: Sequence[Problem]
 
 def leaks_reasoning(tok: Tokenizer, reply: Generation) -> bool:
     """Whether a reply made with thinking off holds reasoning: a control token of it after the decision, or a marker spelled out."""
-    think, close = (tok.control[m] for m in MARKERS)
+    think, close = (tok.control.get(m) for m in MARKERS)  # a model that does not think has neither
     return reply.thought or reply.n_think > 0 or think in reply.ids or close in reply.ids[1:] or any(m in reply.answer for m in MARKERS)
 
 
@@ -319,7 +319,7 @@ def run_evaluation(
             note(f"text, {name}", "perplexity " + ", ".join(budgets), perplexity=records[0]["perplexity"])
 
         budgets = sorted({*e.budgets, default} - {0.0, 1.0})
-        out["text"] = evaluate_texts(student, tok, texts, budgets, e.text_window, e.text_tokens, note_text)
+        out["text"] = evaluate_texts(student, tok, texts, budgets, min(e.text_window, student.config.max_seq_len), e.text_tokens, note_text)
         if e.n_recall:
             parts = [text for part in texts.values() for text in part]
             out["recall"] = recall(student, tok, parts, budgets, distances_within(student.config.max_seq_len), e.n_recall, config.seed)
@@ -341,13 +341,19 @@ def run_evaluation(
 
 
 def held_out_texts(config: RunConfig) -> dict[str, list[str]]:
-    """Text that no stage has seen, by name: the test split of each corpus, what is held out of the user's text, and the files named for evaluation."""
+    """Text that no weight was trained on, by name: the test split of each corpus, what is held out of the user's text (the gate is calibrated on it) and of
+    the teacher's own, and the files named for evaluation."""
     d, e = config.data, config.evaluation
     texts = {name: load_corpus(name, "test") for name in d.corpora}
-    if d.text and (own := load_documents(d.text, "valid")):
-        texts["held-out text"] = own
-    texts |= {Path(path).name: [read_text(path)] for path in e.text}
-    return texts | {f"{Path(path).name} (spacing undone)": [read_text(path, wikitext=True)] for path in e.wikitext}
+    written = [path for path in d.text if Path(path) == config.self_text_folder]
+    for name, paths in (("held-out text", [path for path in d.text if path not in written]), ("text the teacher wrote", written)):
+        if paths and (held_out := load_documents(paths, "valid")):
+            texts[name] = held_out
+    names = [Path(path).name for path in (*e.text, *e.wikitext)]
+    for path, undo in (*((path, False) for path in e.text), *((path, True) for path in e.wikitext)):
+        name = Path(path).name if names.count(Path(path).name) == 1 else str(path)
+        texts[name + " (spacing undone)" * undo] = [read_text(path, undo)]
+    return texts
 
 
 def sentences(problems: Sequence[Problem], auto: Result) -> list[Answer]:

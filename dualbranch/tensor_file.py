@@ -54,6 +54,8 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadat
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except SafetensorError as error:  # a full disk, say: it is no OSError there
+        raise OSError(f"{path}: can't be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 

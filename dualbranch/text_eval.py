@@ -70,7 +70,7 @@ class Windows:
 
 
 def cut_windows(tok: TokenizerBase, texts: Sequence[str], window: int = 1024, max_tokens: int | None = None) -> Windows:
-    """`texts`, each cut in windows of `window` tokens, `max_tokens` in all; where that is less than there is, windows are spread evenly over it."""
+    """`texts`, each cut in windows of `window` tokens, at most `max_tokens` in all (one window at least), spread evenly."""
     start = list(tok.start_ids)
     size = window - len(start)
     if size < 2:
@@ -82,21 +82,25 @@ def cut_windows(tok: TokenizerBase, texts: Sequence[str], window: int = 1024, ma
     pieces = [p for p in pieces if len(p) + len(start) > 1]
     if not pieces:
         raise ValueError("the text has fewer than two tokens; nothing can be predicted")
-    if max_tokens is not None and (n := max(1, max_tokens // window)) < len(pieces):
+    length = sum(map(len, pieces)) + len(start) * len(pieces)
+    if max_tokens is not None and max_tokens < length:
+        n = max(1, max_tokens * len(pieces) // length)
         pieces = [pieces[i * len(pieces) // n] for i in range(n)]
+        while len(pieces) > 1 and sum(map(len, pieces)) + len(start) * len(pieces) > max_tokens:
+            pieces.pop()
     n_bytes = sum(len(tok.decode(p if start else p[1:]).encode()) for p in pieces)
     return Windows([torch.tensor(start + p) for p in pieces], n_bytes)
 
 
 @torch.inference_mode()
 def text_quality(model: DualBranchModel, windows: Windows, budgets: Sequence[float] = (), second_looks: bool = True) -> list[dict]:
-    """One record per route: slow, fast, and auto at each of `budgets`, where the model has them.
+    """One record per route: slow, fast, and auto at each of `budgets`, where the model has them (a fast branch alone: fast, which then is its own slow).
 
     `nll` in nats per predicted token, `perplexity`, `bits_per_byte`, `of_slow` (perplexity over that of route slow), `slow_share` as measured,
     `flops` per token. With `second_looks`, auto also sends slow what generation would compute again: tokens that the gate let go fast and whose
     likeliest successor is less probable than the calibration asks for, judged in a pass of its own; they pay for both branches.
     """
-    routes: list[tuple[str, float | None]] = [("slow", None)]
+    routes: list[tuple[str, float | None]] = [("fast" if model.config.fast_only else "slow", None)]
     if model.gate is not None:
         routes.append(("fast", None))
         routes += [("auto", b) for b in budgets if model.calibration is not None]

@@ -649,3 +649,20 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
                 write(tmp_path / name, 2)
         assert (tmp_path / name).read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t.st", "t.txt"]
+
+
+def test_a_full_disk_is_an_os_error_that_leaves_the_old_weights(tmp_path):
+    save_tensors(tmp_path / "x.safetensors", {"x": torch.ones(4)})
+    code = """
+import resource, signal, sys, torch
+from dualbranch.tensor_file import save_tensors
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+try:
+    save_tensors(sys.argv[1], {"x": torch.zeros(100_000)})
+except OSError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.safetensors")], capture_output=True, text=True, timeout=120)
+    assert "x.safetensors: can't be written" in run.stdout, run.stderr
+    assert os.listdir(tmp_path) == ["x.safetensors"] and load_tensors(tmp_path / "x.safetensors")["x"].sum() == 4

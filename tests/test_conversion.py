@@ -250,6 +250,16 @@ def test_perplexity_of_windows_is_that_of_a_plain_loop(tiny):
     assert slow["bits_per_byte"] == pytest.approx(slow["nll"] * windows.n_tokens / math.log(2) / windows.n_bytes)
 
 
+@pytest.mark.parametrize("most, least", [(8192, 7000), (600, 500), (3, 0)])
+def test_max_tokens_counts_tokens_of_short_texts_too(tiny, most, least):
+    _, tok = tiny
+    texts = [f"note {i}: three people take {i} apples" for i in range(300)]
+    n = [len(t) for t in cut_windows(tok, texts, 1024, most).tokens]
+    all_of_it = sum(len(t) for t in cut_windows(tok, texts, 1024).tokens)
+    assert min(least, all_of_it) <= sum(n) <= most or len(n) == 1
+    assert most < all_of_it or len(n) == 300
+
+
 def test_wikitext_spacing_is_undone(tmp_path):
     assert undo_wikitext('well @-@ known , 1 @,@ 200 ( about 3 @.@ 5 ) it \'s " good " .') == "well-known, 1,200 (about 3.5) it's \"good\"."
     (tmp_path / "t.txt").write_text("a\nb\nc\nd ,\n")
@@ -295,6 +305,9 @@ def test_the_command_imports_and_evaluates(public, text_file, tmp_path, capsys):
     assert cli(["eval", str(tmp_path / "m"), "--on", "text", str(text_file), "--max-tokens", "128", "--window", "64", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [r["route"] for r in found[str(text_file)]["routes"]] == ["slow"]
+    for wrong in (["text", str(text_file), "--split", "valid"], ["corpus", "wikipedia", "--wikitext"], ["tasks", "--window", "8", "--distances", "9"]):
+        assert cli(["eval", str(tmp_path / "m"), "--on", *wrong]) == 2
+        assert "says nothing about" in capsys.readouterr().err
 
 
 WRONG = ["eval nowhere --on text", "eval nowhere --on text nofile", "eval nowhere --on corpus nothing", "convert nowhere", "frobnicate", ""]

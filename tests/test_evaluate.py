@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from dualbranch.chat import render_prompt
 from dualbranch.data.problem import LANGS, LEVELS, TASKS, split_of, verify
 from dualbranch.distill import stages
 from dualbranch.distill.config import DataConfig, EvaluationConfig, RunConfig
-from dualbranch.evaluate import draw_problems, evaluate, leaks_reasoning, run_evaluation, wilson
+from dualbranch.evaluate import draw_problems, evaluate, held_out_texts, leaks_reasoning, run_evaluation, wilson
 from dualbranch.generate import generate_batch
 from dualbranch.measure import measure_memory, measure_speed, speed_cases
 from dualbranch.modes import resolve
@@ -63,6 +64,24 @@ def test_problems_are_the_same_for_the_same_seed_and_spread_over_levels_and_lang
 def test_tasks_default_to_the_configs_and_then_to_all(config):
     assert {p.task for p in draw_problems(config)} == {"arithmetic", "function_call"}
     assert {p.task for p in draw_problems(replace(config, data=DataConfig()))} == set(TASKS)
+
+
+def test_a_task_named_twice_is_trained_on_more_and_evaluated_once(config):
+    twice = replace(config, data=replace(config.data, tasks=("arithmetic", "sorting", "arithmetic")))
+    assert draw_problems(twice) == draw_problems(config, ["arithmetic", "sorting"])
+
+
+def test_held_out_text_is_the_users_apart_from_what_the_teacher_wrote_and_no_file_is_lost(config, tmp_path):
+    c = replace(config, out=str(tmp_path), evaluation=replace(config.evaluation, text=(str(tmp_path / "a" / "t.txt"), str(tmp_path / "b" / "t.txt"))))
+    notes, written = tmp_path / "notes.jsonl", c.self_text_folder / "00000.jsonl"
+    for path, word in ((notes, "note"), (written, "sample"), (tmp_path / "a" / "t.txt", "first"), (tmp_path / "b" / "t.txt", "second")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps({"text": f"{word} {i}"}) + "\n" for i in range(200)) if path.suffix == ".jsonl" else word)
+    c = replace(c, data=replace(c.data, text=(str(notes), str(c.self_text_folder)), text_share=1.0))
+    found = held_out_texts(c)
+    assert {name: {t.split()[0] for t in texts} for name, texts in found.items()} == {
+        "held-out text": {"note"}, "text the teacher wrote": {"sample"}, c.evaluation.text[0]: {"first"}, c.evaluation.text[1]: {"second"},
+    }  # fmt: skip
 
 
 def test_shifted_problems_come_only_from_tasks_that_know_the_shift(config):
@@ -126,6 +145,7 @@ def test_leaked_reasoning_is_noticed_as_tokens_and_as_text(tiny):
     assert leaks_reasoning(tok, replace(clean, ids=[*clean.ids, tok.control["</think>"]]))
     assert leaks_reasoning(tok, replace(clean, ids=[tok.control["<think>"], *clean.ids]))
     assert leaks_reasoning(tok, replace(clean, reply=replace(clean.reply, answer="well, </think> 7")))
+    assert not leaks_reasoning(SimpleNamespace(control={}), clean)  # a tokenizer without a thinking mode
 
 
 def test_evaluating_no_problems_says_which_setting_to_raise(tiny):

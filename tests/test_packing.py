@@ -50,7 +50,7 @@ def test_every_document_is_recovered_exactly_and_starts_aligned(packing):
         weights = [0.0, *rows.loss_weights[r, start : start + n - 1].tolist()]
         found.append((ids[:n].tolist(), weights))
     assert sorted(found) == sorted(examples)
-    assert rows.n_documents == len(examples) and rows.n_dropped == 0
+    assert rows.n_documents == len(examples)
 
 
 @settings(max_examples=150, deadline=None)
@@ -125,12 +125,10 @@ def test_packing_is_deterministic():
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.doc_start, b.doc_start)
 
 
-def test_too_long_documents_are_an_error_or_counted():
+def test_too_long_documents_are_an_error():
     examples = [([1, 2, 3], [0.0, 1.0, 1.0]), ([4] * 9, [0.0] * 9)]
     with pytest.raises(ValueError, match="example 1 has 9 tokens, seq_len is 8"):
         pack(examples, 8, 1, PAD)
-    rows = pack(examples, 8, 1, PAD, too_long="drop")
-    assert (rows.n_documents, rows.n_dropped, rows.n_tokens) == (1, 1, 3)
 
 
 def test_no_examples_give_no_rows():
@@ -151,7 +149,7 @@ def test_malformed_examples_raise_value_error(example, message):
         pack([example], 8, 1, PAD)
 
 
-@pytest.mark.parametrize("arguments", [{"seq_len": 0}, {"align": 0}, {"too_long": "cut"}])
+@pytest.mark.parametrize("arguments", [{"seq_len": 0}, {"align": 0}])
 def test_malformed_arguments_raise_value_error(arguments):
     with pytest.raises(ValueError, match="needed"):
         pack([([1], [0.0])], **({"seq_len": 8, "align": 1, "pad_id": PAD} | arguments))

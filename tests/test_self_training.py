@@ -24,6 +24,7 @@ from dualbranch.modes import resolve
 from dualbranch.report import read_metrics, training
 from dualbranch.sampling import SamplingParams
 from dualbranch.tokenizer_hf import with_thinking
+from dualbranch.training_state import load_latest_state
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ["teacher.steps=2", "teacher.n_solutions=200", "student.steps=2", "student.refit_rows=4", "gate.rows=4", "gate.steps=3", "gate.calibration_rows=4",
@@ -130,13 +131,18 @@ def test_rounds_that_are_done_are_not_sampled_again(public, tmp_path, half_right
 
 
 def test_problems_to_solve_are_english_of_the_training_split_and_new_to_the_teacher(public, tmp_path):
-    c, tok = config(public, tmp_path, "teacher.steps=30"), with_thinking(load(public).tokenizer)
-    trained_on, data = set(), stages.source(c, tok)
+    c, tok = config(public, tmp_path, "teacher.steps=30", "teacher.decide=0.5"), with_thinking(load(public).tokenizer)
+    trained_on, data, needs = set(), stages.source(c, tok), [True, False] * 20
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / stages.ASSESSMENT).write_text(json.dumps(needs))
+    assessed = data.assessed_problem
+    data.assessed_problem = lambda i: trained_on.add((p := assessed(i)).key) or p
     draw = data.problem
     data.problem = lambda *args: trained_on.add((p := draw(*args)).key) or p
     for step in range(30):
+        data.needs_thinking = needs if step >= 15 else ()
         data.batch(step, step / 30)
-    problems = self_training.new_problems(c, tok)
+    problems = self_training.new_problems(c, tok, tmp_path)
     assert all(split_of(p.key) == "train" and p.lang == "en" and p.task in c.data.tasks and verify(p, p.answer) for p in problems)
     assert len({p.prompt for p in problems}) == 200
     assert len(trained_on) > 100 and not trained_on & {p.key for p in problems}
@@ -172,3 +178,15 @@ def test_new_tokens_start_like_others_and_are_fitted_where_the_model_is_to_say_t
     assert loss_of_closing(unseen) < at_first - 1.0
     changed = (model.embed.weight != before).any(1).nonzero().flatten().tolist()
     assert changed == sorted(ids)
+
+
+@pytest.mark.parametrize("left_over, fitted", [(".step-00000002.tmp", True), (None, True), ("whole", False)])
+def test_new_tokens_are_fitted_unless_a_whole_state_holds_them(public, tmp_path, monkeypatch, left_over, fitted):
+    c, tok, calls = config(public, tmp_path), with_thinking(load(public).tokenizer), []
+    if left_over:
+        (tmp_path / "state" / left_over).mkdir(parents=True)
+    monkeypatch.setattr(stages, "load_latest_state", lambda folder: object() if left_over == "whole" else load_latest_state(folder))
+    monkeypatch.setattr(stages, "fit_tokens", lambda *args: calls.append(1))
+    monkeypatch.setattr(stages, "train", lambda *args: None)
+    stages.train_teacher(dataclasses.replace(c, model=dataclasses.replace(c.model, vocab_size=tok.vocab_size)), tok, tmp_path, print, torch.device("cpu"))
+    assert bool(calls) is fitted

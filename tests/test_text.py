@@ -1,9 +1,11 @@
 import json
+import time
 
 import pytest
 
 from dualbranch.data import text as text_module
-from dualbranch.data.text import SECTION, VALID_SHARE, load_documents, load_examples, load_rows, read_documents
+from dualbranch.data.text import SECTION, VALID_SHARE, load_documents, load_examples, read_documents
+from dualbranch.distill.sources import text_documents
 from dualbranch.tokenizer import Tokenizer
 
 MANY = [f"Document number {i} tells of {i * i} things." for i in range(2000)]
@@ -78,16 +80,25 @@ def test_long_text_becomes_pieces_that_lose_nothing(tmp_path, tok, monkeypatch):
     examples = list(load_examples(tok, path, "train", 32))
     assert all(ids[0] == tok.bos_id and len(ids) <= 32 and w == [0.0] + [1.0] * (len(ids) - 1) for ids, w in examples)
     assert tok.decode([i for ids, _ in examples for i in ids]) == content
-    rows = load_rows(tok, path, "train", 32, 8)
-    assert rows.n_documents == len(examples) and rows.n_dropped == 0
-    assert float(rows.loss_weights.sum()) == len(tok.encode(content))
 
 
-def test_conversations_longer_than_a_row_are_counted_as_dropped(tmp_path, tok, monkeypatch):
+def test_conversations_longer_than_a_row_are_left_out_with_a_warning_and_refused_where_all_are(tmp_path, tok, monkeypatch):
     monkeypatch.setattr(text_module, "VALID_SHARE", 0.0)
-    path = jsonl(tmp_path / "x.jsonl", {"question": "q" * 100, "answer": "a"}, {"question": "q", "answer": "a"})
-    rows = load_rows(tok, path, "train", 32, 8)
-    assert (rows.n_documents, rows.n_dropped) == (1, 1)
+    long, short = ({"question": "q" * n, "answer": "a"} for n in (100, 1))
+    with pytest.warns(UserWarning, match=r"1 of 2 conversations of the train text are longer than data\.seq_len = 32"):
+        assert len(text_documents(tok, (str(jsonl(tmp_path / "x.jsonl", long, short)),), (), "train", 32)) == 1
+    with pytest.raises(ValueError, match=r"1 of 1 .* raise it"):
+        text_documents(tok, (str(jsonl(tmp_path / "y.jsonl", long)),), (), "train", 32)
+
+
+def test_cutting_a_long_file_takes_time_in_proportion(tmp_path):
+    def seconds(n: int) -> float:
+        path = write(tmp_path / f"{n}.txt", "some words and a few more\n" * (n * 40_000))
+        started = time.process_time()
+        assert sum(len(d.text) for d in read_documents(path)) > n * 1_000_000
+        return time.process_time() - started
+
+    assert seconds(24) < 16 * seconds(4)
 
 
 def test_splits_are_disjoint_complete_and_about_as_large_as_promised(tmp_path):

@@ -310,6 +310,48 @@ def test_a_run_that_was_to_stop_early_can_go_on_and_save_more_often(tmp_path):
     assert pipeline.open_run(dataclasses.replace(early, until="report", save_every=1), True) == folder
 
 
+def test_what_is_not_done_yet_can_go_on_with_other_settings(tmp_path):
+    first = config(tmp_path, "gate.steps=6")
+    folder = pipeline.open_run(first, False)
+    other = dataclasses.replace(
+        first,
+        data=dataclasses.replace(first.data, workers=1),
+        gate=dataclasses.replace(first.gate, steps=7),
+        evaluation=dataclasses.replace(first.evaluation, n_problems=3),
+    )
+    assert pipeline.open_run(other, True) == folder and load_yaml(folder / "config.yaml", RunConfig) == other
+    (folder / "gate").mkdir()
+    (folder / "gate" / "done").write_text("")
+    (folder / "evaluation.json").write_text("{}")
+    with pytest.raises(pipeline.RunExists, match=r"gate\.steps: 7 -> 6; evaluation\.n_problems: 3 ->"):
+        pipeline.open_run(first, True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["gate.default_budget=30", "evaluation.budgets=[0.1,30]", "data.batch_rows=0", "data.text_share=1.5", "student.temperature=0", "student.steps=-5",
+     "data.self_text=100", "data.tasks=[juggling]", "teacher.n_assess=0"],
+)  # fmt: skip
+def test_numbers_that_no_stage_could_work_with_are_refused_before_the_first(tmp_path, wrong):
+    with pytest.raises(ValueError, match=wrong.split("=")[0].split(".")[1]):
+        config(tmp_path, wrong)
+
+
+@pytest.mark.parametrize("wrong", ["data.text=[nofile.txt]", "data.corpora=[nothing]", "evaluation.text=[nofile.txt]", "evaluation.wikitext=[nofile.txt]"])
+def test_what_a_later_stage_will_read_is_opened_before_the_first(tmp_path, wrong):
+    share = ["data.text_share=0.5"] if wrong.startswith("data") else []
+    with pytest.raises(ValueError, match=r"nofile\.txt|nothing"):
+        pipeline.run(config(tmp_path, wrong, *share))
+    assert not any(tmp_path.iterdir())
+
+
+def test_rows_that_alignment_lengthens_are_still_as_many_as_asked_for(tmp_path):
+    c = config(tmp_path, "data.seq_len=250", "data.batch_rows=16")
+    tok = Tokenizer.train(["What is 12 + 7? A farm has chickens and rabbits."] * 50, 300)
+    data = BatchSource(c.data, tok, 0, 16)
+    assert {len(data.batch(step)) for step in range(12)} == {16}
+
+
 def test_a_folder_that_cannot_be_written_is_reported_before_any_work(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main([str(TINY), "--set", f"out={tmp_path}/file"]) == 2

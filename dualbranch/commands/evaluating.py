@@ -10,19 +10,26 @@ from dualbranch.checkpoint import LoadedModel, load
 from dualbranch.cli import add_model
 from dualbranch.memory import keep_freed_memory
 
-ON = ("text", "corpus", "recall", "tasks")
+#: Settings that only some kinds read, as they are where nothing is given; and which kind reads which.
+DEFAULTS = {"wikitext": False, "last": 1.0, "window": 1024, "max_tokens": None, "split": "test", "n_problems": 24, "distances": None}
+READ = {
+    "text": ("wikitext", "last", "window", "max_tokens"),
+    "corpus": ("window", "max_tokens", "split"),
+    "recall": ("wikitext", "last", "split", "n_problems", "distances"),
+    "tasks": ("max_tokens", "n_problems"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--on", nargs="+", required=True, metavar="WHAT", help="text FILE..., corpus NAME..., recall [CORPUS or FILE...], or tasks [NAME...]")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.3, 0.5], metavar="B", help="allowed shares of slow tokens (default: 0.1 0.3 0.5)")
-    parser.add_argument("--wikitext", action="store_true", help="undo WikiText's token spacing ( @-@ , space before punctuation) first")
-    parser.add_argument("--last", type=float, default=1.0, metavar="SHARE", help="only the last share of each file's lines, e.g. 0.2")
-    parser.add_argument("--window", type=int, default=1024, metavar="N", help="tokens read at once (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="of each text, windows spread evenly over it (default: all of it)")
-    parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="of a corpus (default: %(default)s)")
-    parser.add_argument("--n-problems", type=int, default=24, metavar="N", help="per task, or of recall per distance (default: %(default)s)")
+    parser.add_argument("--wikitext", action="store_true", default=None, help="undo WikiText's token spacing ( @-@ , space before punctuation) first")
+    parser.add_argument("--last", type=float, metavar="SHARE", help="only the last share of each file's lines, e.g. 0.2")
+    parser.add_argument("--window", type=int, metavar="N", help="tokens of text read at once (default: 1024)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="of each text, spread evenly over it (default: all of it); of a reply (default: 448)")
+    parser.add_argument("--split", choices=("train", "valid", "test"), help="of a corpus (default: test)")
+    parser.add_argument("--n-problems", type=int, metavar="N", help="per task, or of recall per distance (default: 24)")
     what = "of recall: tokens between what is said and when it is asked for (default: 256 1024 2048 4096, those that fit the context)"
     parser.add_argument("--distances", type=int, nargs="+", metavar="N", help=what)
     parser.add_argument("--precision", default="fp32", metavar="P", help="round the weights first: bf16, int8, int4, or by part (default: %(default)s)")
@@ -31,8 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     kind, *names = args.on
-    if kind not in ON or (kind in ("text", "corpus") and not names):
+    if kind not in READ or (kind in ("text", "corpus") and not names):
         raise ValueError(f"--on is {' '.join(args.on)!r}; needed text FILE..., corpus NAME..., recall [CORPUS or FILE...], or tasks [NAME...]")
+    given = {name: value for name in DEFAULTS if (value := getattr(args, name)) is not None}
+    if unread := sorted(set(given) - set(READ[kind])):
+        names = ", ".join("--" + name.replace("_", "-") for name in unread)
+        raise ValueError(f"{names}: says nothing about {kind}; leave it out")
+    vars(args).update(DEFAULTS | given)
     found = on_tasks(args, names) if kind == "tasks" else on_recall(args, names) if kind == "recall" else on_text(args, kind, names)
     if args.json:
         print(json.dumps(found, ensure_ascii=False))

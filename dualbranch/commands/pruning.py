@@ -38,15 +38,16 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--rows is {args.rows}, needed at least 1")
     found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms, dense=True)
     documents = text_documents(found.tokenizer, tuple(args.text), () if args.text else ("wikipedia",), "train", args.seq_len)
-    rows = pack(documents[: args.rows], args.seq_len, found.model.config.sparse.block_size, found.tokenizer.pad_id)
+    rows = pack(documents, args.seq_len, found.model.config.sparse.block_size, found.tokenizer.pad_id).map(lambda x: x[: args.rows])
+    n_tokens = int((rows.tokens != found.tokenizer.pad_id).sum())
     sizes = {field: getattr(args, field) for field in SIZES.values()}
     model, report = prune(found.model, rows, args.share, **sizes, refit=not args.no_refit)
-    report["calibration"] = {"tokens": rows.n_tokens, "text": args.text or ["wikipedia"]}
+    report["calibration"] = {"tokens": n_tokens, "text": args.text or ["wikipedia"]}
     save_checkpoint(folder, model, found.tokenizer, {"pruned_from": args.model})
     write_text(folder / "pruning.json", json.dumps(report, indent=1) + "\n")
     for name in ("params", "flops", *SIZES.values()):
         before, after = report["before"][name], report["after"][name]
         print(f"{name:10} {before:>15,.0f} -> {after:>15,.0f}  ({after / before:.1%})")
     print(f"layers kept: {' '.join(map(str, report['layers']['kept']))}")
-    print(f"{folder}: cut and refitted on {rows.n_tokens:,} tokens, not trained yet; what each part is worth: pruning.json")
+    print(f"{folder}: cut and refitted on {n_tokens:,} tokens, not trained yet; what each part is worth: pruning.json")
     return 0

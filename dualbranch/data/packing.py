@@ -11,7 +11,6 @@ documents (`chat.py`, `data/text.py`), batching and shuffling rows (the trainer)
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ class Rows:
         targets (R, T) int64: the next token of the same document; `pad_id` where there is none.
         loss_weights (R, T) float32: weight of predicting `targets` at this position; 0 where there is none.
         doc_start (R, T) int64: index in the row of the first token of this token's document, a multiple of `align`.
-        n_documents, n_dropped: documents packed, and left out for being longer than a row.
+        n_documents: documents packed.
         n_tokens: tokens of the packed documents, without padding.
     """
 
@@ -38,7 +37,6 @@ class Rows:
     loss_weights: torch.Tensor
     doc_start: torch.Tensor
     n_documents: int
-    n_dropped: int
     n_tokens: int
 
     def __len__(self) -> int:
@@ -54,31 +52,23 @@ class Rows:
         return self.n_tokens / max(1, self.tokens.numel())
 
 
-def pack(
-    examples: Iterable[Example],
-    seq_len: int,
-    align: int,
-    pad_id: int,
-    too_long: Literal["error", "drop"] = "error",
-) -> Rows:
+def pack(examples: Iterable[Example], seq_len: int, align: int, pad_id: int) -> Rows:
     """Pack `examples`, (ids, loss_weights) pairs, into rows of `seq_len`: each goes to the fullest row it still fits.
 
     An example's `loss_weights[i]` weights predicting `ids[i]`, which happens at the position of `ids[i - 1]`. So in the
     rows it stands one place earlier, beside the target `ids[i]`; the last token of a document has weight 0. The sum of
     weights is preserved. The result depends on the order of the examples only, and keeps it where it can.
 
-    Raises ValueError for a document longer than `seq_len` (or counts it in `n_dropped`, with `too_long="drop"`), for an
-    empty one, for ids and weights of different lengths, and for a non-zero `loss_weights[0]`, which nothing predicts.
+    Raises ValueError for a document longer than `seq_len`, for an empty one, for ids and weights of different lengths, and
+    for a non-zero `loss_weights[0]`, which nothing predicts.
     """
     if seq_len < 1 or align < 1:
         raise ValueError(f"seq_len is {seq_len} and align is {align}, needed at least 1")
-    if too_long not in ("error", "drop"):
-        raise ValueError(f"too_long is {too_long!r}, needed 'error' or 'drop'")
     ids_parts: list[np.ndarray] = []
     weight_parts: list[np.ndarray] = []
     offsets: list[int] = []  # where each document starts in the flattened (R * T) rows
     open_rows: list[tuple[int, int]] = []  # (free tokens, row), sorted; only rows with free tokens
-    n_rows = n_dropped = 0
+    n_rows = 0
     for i, (ids, weights) in enumerate(examples):
         n = len(ids)
         if n == 0 or n != len(weights):
@@ -86,13 +76,7 @@ def pack(
         if weights[0] != 0:
             raise ValueError(f"example {i}: loss_weights[0] is {weights[0]}, needed 0: nothing predicts the first token")
         if n > seq_len:
-            if too_long == "error":
-                raise ValueError(
-                    f"example {i} has {n} tokens, seq_len is {seq_len}: raise seq_len, or drop such examples"
-                    " with too_long='drop'"
-                )
-            n_dropped += 1
-            continue
+            raise ValueError(f"example {i} has {n} tokens, seq_len is {seq_len}: raise seq_len, or leave such examples out")
         best = bisect_left(open_rows, (n, -1))
         if best == len(open_rows):
             free, row = seq_len, n_rows
@@ -139,6 +123,5 @@ def pack(
         loss_weights=torch.from_numpy(loss_weights).view(n_rows, seq_len),
         doc_start=torch.from_numpy(np.ascontiguousarray(doc_start)).view(n_rows, seq_len),
         n_documents=n_documents,
-        n_dropped=n_dropped,
         n_tokens=n_tokens,
     )

@@ -1,6 +1,6 @@
 """The user's own text as training documents: .txt and .jsonl files, or folders of them.
 
-`load_documents` gives plain text (tokenizer training, language modelling); `load_examples` and `load_rows` give token
+`load_documents` gives plain text (tokenizer training, language modelling); `load_examples` gives token
 documents, with conversations in the chat template. Train and valid are split by each document's hash, never by its place, so
 adding files moves nothing from one side to the other and copies of a document stay together.
 
@@ -17,10 +17,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dualbranch.chat import render_messages
-from dualbranch.data.packing import Example, Rows, pack
+from dualbranch.data.packing import Example
 from dualbranch.tokenizer import Tokenizer, TokenizerBase
 
 SUFFIXES = (".txt", ".jsonl")
@@ -30,7 +30,7 @@ SECTION = 10_000
 """Characters after which a long .txt file is cut at the next blank line."""
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
-Split = Literal["train", "valid"]
+Split = Literal["train", "valid", "all"]
 
 
 @dataclass(frozen=True)
@@ -118,18 +118,13 @@ def windows(tok: TokenizerBase, text: str, seq_len: int) -> Iterator[Example]:
         yield piece, [0.0] + [1.0] * (len(piece) - 1)
 
 
-def load_rows(tok: Tokenizer, paths: Paths, split: Split, seq_len: int, align: int) -> Rows:
-    """`load_examples` packed into rows of `seq_len`; conversations that are longer are counted in `n_dropped`."""
-    return pack(load_examples(tok, paths, split, seq_len), seq_len, align, tok.pad_id, too_long="drop")
-
-
 def _of_split(paths: Paths, split: str) -> list[Document]:
-    if split not in ("train", "valid"):
-        raise ValueError(f"split is {split!r}, needed 'train' or 'valid'")
+    if split not in get_args(Split):
+        raise ValueError(f"split is {split!r}, needed one of {', '.join(get_args(Split))}")
     documents = list(read_documents(paths))
     if not documents:
         raise ValueError("no text files given")
-    chosen = [document for document in documents if document.split == split]
+    chosen = [document for document in documents if split in ("all", document.split)]
     if split == "train" and not chosen:
         raise ValueError(f"all {len(documents)} documents fall into the validation split (by their hash); add more text")
     return chosen
@@ -160,11 +155,13 @@ def _read_txt(path: Path) -> Iterator[Document]:
 
 def _sections(text: str) -> Iterator[str]:
     """`text` cut at the first blank line, else line end, else anywhere, behind every `SECTION` characters."""
-    while len(text) > 2 * SECTION:
-        cut = next((at + 1 for mark in ("\n\n", "\n") if (at := text.find(mark, SECTION, 2 * SECTION)) >= 0), SECTION)
-        yield text[:cut]
-        text = text[cut:]
-    yield text
+    begin = 0
+    while len(text) - begin > 2 * SECTION:
+        least, most = begin + SECTION, begin + 2 * SECTION
+        end = next((at + 1 for mark in ("\n\n", "\n") if (at := text.find(mark, least, most)) >= 0), least)
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from dualbranch.config import DualBranchConfig
+from dualbranch.data.tasks import TASKS
 from dualbranch.schema import ConfigError, from_dict, load_yaml, to_dict
 from kernels import SparseSpec
 
@@ -59,6 +62,16 @@ class DataConfig:
     answer_weight: float = 1.0
     workers: int = 0
 
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.tasks) - set(TASKS))
+        if unknown:
+            raise ValueError(f"data.tasks names unknown tasks {unknown}; there are {sorted(TASKS)}")
+        if bool(self.text or self.corpora or self.self_text) != (self.text_share > 0):
+            given = f"data.text is {list(self.text)}, data.corpora {list(self.corpora)}, data.self_text {self.self_text}"
+            raise ValueError(f"{given} and data.text_share {self.text_share}; give text and a share, or neither")
+        if bool(self.reasoning_gym) != (self.reasoning_gym_share > 0):
+            raise ValueError(f"data.reasoning_gym is {list(self.reasoning_gym)} and reasoning_gym_share {self.reasoning_gym_share}; give both or neither")
+
     @property
     def has_problems(self) -> bool:
         """False where all documents are text."""
@@ -105,6 +118,11 @@ class TeacherConfig:
     n_solutions: int = 0
     verify: bool = True
     optim: OptimConfig = field(default_factory=OptimConfig)
+
+    @property
+    def first_decision(self) -> int:
+        """The step at which it assesses itself; `steps` if it never does."""
+        return self.steps - round(self.steps * self.decide)
 
 
 @dataclass(frozen=True)
@@ -176,6 +194,26 @@ class EvaluationConfig:
     dense_baseline: bool = True
 
 
+#: Lowest and highest value of settings, or of each item of a list.
+RANGES = [
+    *((path, 1, math.inf) for path in (
+        "save_every", "tokenizer.n_problems", "data.seq_len", "data.batch_rows", "data.reasoning_gym_size", "teacher.n_assess", "teacher.optim.micro_batches",
+        "student.optim.micro_batches", "evaluation.text_tokens", "evaluation.max_tokens", "evaluation.batch_size",
+    )),
+    *((path, 0, math.inf) for path in (
+        "threads", "data.self_text", "data.workers", "data.answer_weight", "data.levels_start", "data.levels_end", "teacher.steps", "teacher.n_solutions",
+        "student.steps", "student.routes", "student.soft", "student.hard", "student.align", "student.refit_rows", "student.distinct_batches",
+        "student.cache_logits", "gate.rows", "gate.steps", "gate.calibration_rows", "gate.n_problems", "evaluation.n_problems", "evaluation.n_shifted",
+        "evaluation.routing_rows", "evaluation.n_recall",
+    )),
+    *((path, 0, 1) for path in (
+        "data.text_share", "data.reasoning_gym_share", "data.thinking", "data.multi_turn", "data.curriculum", "teacher.decide", "gate.default_budget",
+        "gate.direct_errors", "evaluation.budgets", "evaluation.routing_shares",
+    )),
+    ("student.temperature", 1e-3, math.inf),
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """One run. `name` is its folder under `out`; `threads` of 0 leaves torch's choice; `until` stops after that stage; `save_every` in steps.
@@ -202,6 +240,7 @@ class RunConfig:
     save_every: int = 100
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ValueError(f"name is {self.name!r}; it names a folder under out and may not be empty, hidden or hold a slash")
         if self.data.batch_rows % self.teacher.optim.micro_batches or self.data.batch_rows % self.student.optim.micro_batches:
@@ -216,8 +255,25 @@ class RunConfig:
             raise ValueError(f"student.routes sends {s.routes[2]} of the batches all-slow, which trains nothing while freeze_slow is set; make it 0")
         if s.cache_logits and (not s.distinct_batches or s.temperature != 1.0 or s.align):
             raise ValueError("student.cache_logits needs distinct_batches >= 1, temperature 1 and align 0: it stores words, not streams")
-        if self.save_every < 1:
-            raise ValueError(f"save_every is {self.save_every}; it must be at least 1 step")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out) / self.name
+
+    @property
+    def self_text_folder(self) -> Path:
+        """Where the text lies that the teacher writes (`data.self_text`)."""
+        return self.folder / "self_text"
+
+
+def check_ranges(config: RunConfig) -> None:
+    """Raises ValueError for a number that no stage could work with: hours later would be too late."""
+    for path, lowest, highest in RANGES:
+        value = functools.reduce(getattr, path.split("."), config)
+        for x in value if isinstance(value, tuple) else (value,):
+            if not lowest <= x <= highest:
+                wanted = f"at least {lowest:g}" if highest == math.inf else f"in [{lowest:g}, {highest:g}]"
+                raise ValueError(f"{path} is {x}; it must be {wanted}")
 
 
 def load_run(path: str | os.PathLike, overrides: Sequence[str] = ()) -> RunConfig:

@@ -13,13 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+#: How long a process waits for another: one alone samples the teacher's text and solutions, for hours where the model is large.
+WAIT = timedelta(days=1)
+
 
 def init(device: torch.device) -> None:
     """Joins the process group if `torchrun` started us (nccl on GPUs, gloo otherwise)."""
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
 
 
 def finish() -> None:

@@ -17,6 +17,9 @@ import torch
 from dualbranch import accounting
 from dualbranch.checkpoint import load, load_checkpoint, save_checkpoint
 from dualbranch.config import DualBranchConfig
+from dualbranch.data.corpora import CORPORA
+from dualbranch.data.reasoning_gym import reasoning_gym_problems
+from dualbranch.data.text import read_documents
 from dualbranch.distill import dist, stages
 from dualbranch.distill.config import RunConfig, slow_sizes
 from dualbranch.distill.cut import init_from_teacher
@@ -28,11 +31,9 @@ from dualbranch.model import DualBranchModel
 from dualbranch.report import write_report
 from dualbranch.schema import load_yaml, save_yaml, to_dict
 from dualbranch.storage import write_text
+from dualbranch.text_eval import read_text
 from dualbranch.tokenizer import Tokenizer
 from dualbranch.tokenizer_hf import with_thinking
-
-#: What may differ when a run goes on: how far it goes and how often it saves change no result.
-FREE_TO_CHANGE = ("until", "save_every")
 
 
 class RunExists(ValueError):
@@ -49,6 +50,7 @@ def run(config: RunConfig, resume: bool = False) -> Path:
     dist.init(device)
     if config.threads:
         torch.set_num_threads(config.threads)
+    check_inputs(config)
     folder = open_run(config, resume)
     log = MetricsLog(folder / "metrics.jsonl")
     teacher, tok = make_teacher(config, folder, log, device)
@@ -81,21 +83,47 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
+def check_inputs(config: RunConfig) -> None:
+    """Opens all that later stages will read. Raises ValueError for what is not there: hours later would be too late."""
+    d, e = config.data, config.evaluation
+    for path in (*d.text, *d.solutions):
+        next(read_documents(path))
+    for path in (*e.text, *e.wikitext):
+        read_text(path)
+    if unknown := sorted(set(d.corpora) - set(CORPORA)):
+        raise ValueError(f"data.corpora names {unknown}; there are {sorted(CORPORA)}")
+    try:
+        for name in d.reasoning_gym:
+            next(reasoning_gym_problems(name, 1))
+    except ImportError as error:
+        raise ValueError(f"data.reasoning_gym: {error}") from error
+
+
+def settled(config: RunConfig, folder: Path) -> dict:
+    """The settings that what `folder` holds depends on: a run can go on with other ones for what is not done yet, and for how it is done."""
+    values = to_dict(config)
+    del values["until"], values["save_every"], values["data"]["workers"]
+    if not (folder / "gate" / "done").exists() and not (folder / "dense").exists():  # the dense student costs what the default budget does
+        del values["gate"]
+    if not (folder / "evaluation.json").exists():
+        del values["evaluation"]
+    return values
+
+
 def open_run(config: RunConfig, resume: bool) -> Path:
     """Creates the run's folder, or checks that what is there is this run. Where it can't be written, says so before any work is done."""
-    folder = Path(config.out) / config.name
+    folder = config.folder
     saved = folder / "config.yaml"
     if dist.rank() == 0:
         if saved.exists():
             if not resume:
                 raise RunExists(f"{folder} holds a run already; continue it with --resume, or start another with --set name=NEW")
-            before, now = ({k: v for k, v in to_dict(c).items() if k not in FREE_TO_CHANGE} for c in (load_yaml(saved, RunConfig), config))
+            before, now = (settled(c, folder) for c in (load_yaml(saved, RunConfig), config))
             if different := differences(before, now):
                 raise RunExists(f"{folder} was made with another config ({'; '.join(different[:4])}); undo that, or start another run with --set name=NEW")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if not saved.exists():
-                save_yaml(saved, config)
+            save_yaml(saved, config)
             if not os.access(folder, os.W_OK):
                 raise PermissionError("not writable")
         except OSError as error:

@@ -17,7 +17,7 @@ from dualbranch.data.problem import Problem, verify
 from dualbranch.distill import dist
 from dualbranch.distill.config import RunConfig
 from dualbranch.distill.self_text import fast_copy
-from dualbranch.distill.stages import Log, source
+from dualbranch.distill.stages import Log, assessment, source
 from dualbranch.generate import generate_batch
 from dualbranch.model import DualBranchModel
 from dualbranch.modes import resolve
@@ -42,7 +42,7 @@ def with_solutions(config: RunConfig, folder: Path, teacher: DualBranchModel, to
         return config
     target = folder / "solutions"
     if dist.rank() == 0:
-        problems = new_problems(config, tok)
+        problems = new_problems(config, tok, folder)
         rounds = [problems[i : i + ROUND] for i in range(0, len(problems), ROUND)]
         todo = [i for i in range(len(rounds)) if not (target / f"{i:05d}.jsonl").exists()]
         solver = fast_copy(teacher) if todo else None
@@ -57,12 +57,15 @@ def with_solutions(config: RunConfig, folder: Path, teacher: DualBranchModel, to
     return replace(config, data=replace(config.data, solutions=(str(target),)))
 
 
-def new_problems(config: RunConfig, tok: TokenizerBase) -> list[Problem]:
-    """`n_solutions` problems of the training split, at the levels that training ends with: none twice, and none whose numbers the teacher was trained on.
+def new_problems(config: RunConfig, tok: TokenizerBase, folder: Path) -> list[Problem]:
+    """`n_solutions` problems of the training split, at the levels that training ends with: none twice, and none whose numbers the teacher of the run in
+    `folder` was trained on.
 
     Fewer where the tasks hardly have more. Raises ValueError where the teacher has seen them all.
     """
-    seen = set() if config.teacher.checkpoint else source(config, tok).keys_seen(config.teacher.steps)
+    seen = set()
+    if config.teacher.checkpoint is None:
+        seen = source(config, tok).keys_seen(config.teacher.steps, config.teacher.first_decision, assessment(folder / "teacher"))
     data, rng, found = source(config, tok, purpose=6), random.Random(f"solutions:{config.seed}"), {}
     for _ in range(DRAWS * config.teacher.n_solutions):
         problem = data.problem(rng)

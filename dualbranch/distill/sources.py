@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import warnings
 from collections.abc import Callable, Sequence
 
 from torch.utils.data import DataLoader
@@ -26,7 +27,13 @@ DECISION_WEIGHT = 4.0
 def text_documents(tok: Tokenizer, paths: tuple[str, ...], names: tuple[str, ...], split: str, seq_len: int) -> list[Example]:
     """The user's text and the named corpora as documents that fit a row. The user's own text has no test split: its held-out part serves for both."""
     own = "train" if split == "train" else "valid"
-    documents = [d for d in load_examples(tok, paths, own, seq_len) if len(d[0]) <= seq_len] if paths else []
+    given = list(load_examples(tok, paths, own, seq_len)) if paths else []
+    documents = [d for d in given if len(d[0]) <= seq_len]
+    if n_long := len(given) - len(documents):
+        told = f"{n_long} of {len(given)} conversations of the {own} text are longer than data.seq_len = {seq_len} tokens"
+        if not documents:
+            raise ValueError(f"{told}; raise it")
+        warnings.warn(f"{told} and left out", stacklevel=2)
     for name in names:
         documents += [window for text in corpora.load_corpus(name, split) for window in windows(tok, text, seq_len)]
     return documents
@@ -42,22 +49,14 @@ class BatchSource:
     """
 
     def __init__(self, config: DataConfig, tok: Tokenizer, seed: int, align: int, split: str = "train", skip: int = 0) -> None:
-        unknown = sorted(set(config.tasks) - set(TASKS))
-        if unknown:
-            raise ValueError(f"data.tasks names unknown tasks {unknown}; there are {sorted(TASKS)}")
         self.config, self.tok, self.seed, self.align, self.split, self.skip = config, tok, seed, align, split, skip
         self.tasks, self.langs = list(config.tasks) or list(TASKS), config.langs or LANGS
         self.needs_thinking: Sequence[bool] = ()
         self.keys: set[str] | None = None  # of the problems drawn, while somebody wants to know (`keys_seen`)
-        if bool(config.text or config.corpora) != (config.text_share > 0):
-            given = f"data.text is {list(config.text)}, data.corpora {list(config.corpora)}"
-            raise ValueError(f"{given} and data.text_share {config.text_share}; give text and a share, or neither")
-        if bool(config.reasoning_gym) != (config.reasoning_gym_share > 0):
-            raise ValueError(f"data.reasoning_gym is {list(config.reasoning_gym)} and reasoning_gym_share {config.reasoning_gym_share}; give both or neither")
         gym = (p for name in config.reasoning_gym for p in reasoning_gym_problems(name, config.reasoning_gym_size))
         self.gym = [render_conversation(tok, [p], [False]) for p in gym if split_of(p.key) == split]
         self.documents = text_documents(tok, config.text, config.corpora, split, config.seq_len) if config.text_share else []
-        solutions = load_examples(tok, config.solutions, "train", config.seq_len) if config.solutions and split == "train" else ()
+        solutions = load_examples(tok, config.solutions, "all", config.seq_len) if config.solutions and split == "train" else ()
         self.solutions = [s for s in solutions if len(s[0]) <= config.seq_len]
         if not config.has_problems and not self.documents:
             raise ValueError(f"no document falls into the text's {split} split (by its hash); add more text, or set data.text_share below 1")
@@ -96,10 +95,11 @@ class BatchSource:
         problems = [self.problem(rng, progress) for _ in range(n_turns)]
         return render_conversation(self.tok, problems, [rng.random() < c.thinking for _ in problems], answer_weight=c.answer_weight)
 
-    def keys_seen(self, n_steps: int) -> set[str]:
-        """Keys of the generator's problems in all batches of a training of `n_steps`, before a teacher assesses itself."""
-        self.keys = seen = set()
+    def keys_seen(self, n_steps: int, first_decision: int, needs_thinking: Sequence[bool]) -> set[str]:
+        """Keys of the generator's problems in all batches of a teacher's training of `n_steps`, which from step `first_decision` on has assessed itself."""
+        self.keys = seen = {self.assessed_problem(i).key for i in range(len(needs_thinking))}
         for step in range(n_steps):
+            self.needs_thinking = needs_thinking if step >= first_decision else ()
             self.batch(step, progress=step / n_steps)
         self.keys = None
         return seen
@@ -111,7 +111,7 @@ class BatchSource:
         if not self.config.has_problems:
             return self.text_rows(self.skip + step * n_rows, n_rows)
         examples, filled, too_long = [], 0, 0
-        while filled < n_rows * length:
+        while filled < n_rows * -(-length // self.align) * self.align:
             ids, weights = self.example(rng, progress)
             if len(ids) <= length:
                 examples.append((ids, weights))

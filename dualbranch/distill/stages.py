@@ -41,11 +41,14 @@ from dualbranch.modes import resolve
 from dualbranch.sampling import SamplingParams
 from dualbranch.storage import write_text
 from dualbranch.tokenizer import Tokenizer
+from dualbranch.training_state import load_latest_state
 
 Log = Callable[[dict], None]
 
 #: Batches on whose hidden states the embeddings of new tokens are fitted.
 FIT_BATCHES = 8
+#: In a teacher's folder: which problems it could not answer directly (`assess`).
+ASSESSMENT = "needs_thinking.json"
 
 
 def dense_config(c: DualBranchConfig) -> DualBranchConfig:
@@ -106,23 +109,21 @@ def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log, dev
         if tok.thinks and not found.tokenizer.thinks:
             new = [tok.control["<think>"], tok.control["</think>"]]
             start_tokens(model, new, config.seed)
-            if not (folder / "state").exists():
+            if load_latest_state(folder / "state") is None:  # else what comes from there is fitted already
                 fit_tokens(model.to(device), new, [source(config, tok, purpose=7).batch(i).map(lambda x: x.to(device)) for i in range(FIT_BATCHES)])
     dist.shard(model.to(device))
     data = source(config, tok)
-    first_decision = t.steps - round(t.steps * t.decide)
-    assessment = folder / "needs_thinking.json"
     ahead = Prefetcher(lambda step: data.batch(step, progress=step / t.steps), t.steps, config.data.workers)
 
     def loss(rows: Rows, step: int) -> dict[str, Tensor]:
         return {"hard": text_loss(model, rows)}
 
     def batch(step: int) -> Rows:
-        if step >= first_decision and t.decide > 0 and config.data.has_problems and not data.needs_thinking:
-            if not assessment.exists():
-                assess(snapshot(model), tok, data, t.n_assess, assessment, log)
+        if step >= t.first_decision and config.data.has_problems and not data.needs_thinking:
+            if not assessment(folder):
+                assess(snapshot(model), tok, data, t.n_assess, folder / ASSESSMENT, log)
             dist.barrier()
-            data.needs_thinking = json.loads(assessment.read_text())
+            data.needs_thinking = assessment(folder)
             ahead.restart()
         return ahead(step)
 
@@ -178,6 +179,12 @@ def text_loss(model: DualBranchModel, rows: Rows) -> Tensor:
     scored = rows.loss_weights > 0
     logits = model(rows.tokens, doc_start=rows.doc_start, logits_at=scored).logits
     return hard_loss(logits, rows.targets[scored], rows.loss_weights[scored])
+
+
+def assessment(folder: Path) -> list[bool]:
+    """What `assess` found for the teacher in `folder`; empty where it did not (yet)."""
+    path = folder / ASSESSMENT
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def assess(model: DualBranchModel, tok: Tokenizer, data: BatchSource, n: int, path: Path, log: Log) -> None:
