@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ from dualbranch import load
 from dualbranch.chat import render_prompt
 from dualbranch.checkpoint import load_checkpoint
 from dualbranch.data.problem import split_of, verify
-from dualbranch.distill import pipeline, self_training, stages
+from dualbranch.distill import pipeline, self_training, stages, trainer
 from dualbranch.distill.config import RunConfig, load_run
 from dualbranch.evaluate import leaks_reasoning
 from dualbranch.generate import generate_batch
@@ -190,3 +192,44 @@ def test_new_tokens_are_fitted_unless_a_whole_state_holds_them(public, tmp_path,
     monkeypatch.setattr(stages, "train", lambda *args: None)
     stages.train_teacher(dataclasses.replace(c, model=dataclasses.replace(c.model, vocab_size=tok.vocab_size)), tok, tmp_path, print, torch.device("cpu"))
     assert bool(calls) is fitted
+
+
+@pytest.mark.parametrize("stays", [0.0, 0.25, 1.0])
+def test_going_back_keeps_a_share_of_what_training_changed_and_all_of_new_tokens(public, stays):
+    start, model = load(public).model, load(public).model
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p += torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    trained = {name: p.detach().clone() for name, p in model.named_parameters()}
+    stages.go_back(model, start, stays, [3, 7])
+    for name, p in start.named_parameters():
+        expected = p + stays * (trained[name] - p)
+        if name == "embed.weight":
+            expected[[3, 7]] = trained[name][[3, 7]]
+        torch.testing.assert_close(model.get_parameter(name), expected, msg=name)
+
+
+@pytest.mark.parametrize("stop_after", [2, 4, 5])
+def test_a_teacher_goes_back_once_at_its_step_whether_resumed_or_not(public, tmp_path, monkeypatch, stop_after):
+    """Steps 0-3, back, steps 4 and 5; a run stopped after so many steps goes on as if it had not been."""
+    weights, calls = {}, []
+    real, log = stages.go_back, trainer.MetricsLog.__call__
+    monkeypatch.setattr(stages, "go_back", lambda *args: calls.append(1) or real(*args))
+
+    def stopping(self, record):
+        log(self, record)
+        if record["step"] + 1 == stop_after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    for name in ("whole", "stopped"):
+        calls.clear()
+        c = config(public, tmp_path / name, "teacher.steps=6", "teacher.blend=0.5", "teacher.blend_at=0.67", "until=teacher")
+        if name == "stopped":
+            monkeypatch.setattr(trainer.MetricsLog, "__call__", stopping)
+            with pytest.raises(trainer.Stopped):
+                pipeline.run(c)
+            monkeypatch.setattr(trainer.MetricsLog, "__call__", log)
+        pipeline.run(c, resume=name == "stopped")
+        assert len(calls) == 1
+        weights[name] = load_checkpoint(c.folder / "teacher")[0].state_dict()
+    assert all(torch.equal(weights["whole"][k], weights["stopped"][k]) for k in weights["whole"])

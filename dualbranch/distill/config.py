@@ -106,6 +106,9 @@ class TeacherConfig:
     `n_solutions` > 0: the finished teacher then solves that many new training problems, and the student learns from the solutions that are right
     (self_training.py) instead of the generator's; `verify: false`, a control, keeps the wrong ones too.
 
+    `blend` below 1: after a share `blend_at` of the steps the weights go back towards those of `init`, as far as that only the share `blend` of what training
+    changed is left (Wortsman et al. 2022), and the other steps train on from there: what was forgotten comes back, what was learned mostly stays.
+
     After a share `1 - decide` of the steps the teacher answers `n_assess` training problems without reasoning; the rest of the steps
     also teach it to decide: `<think>` where its direct answer was wrong.
     """
@@ -117,6 +120,8 @@ class TeacherConfig:
     n_assess: int = 4096
     n_solutions: int = 0
     verify: bool = True
+    blend: float = 1.0
+    blend_at: float = 0.8
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     @property
@@ -207,8 +212,8 @@ RANGES = [
         "evaluation.routing_rows", "evaluation.n_recall",
     )),
     *((path, 0, 1) for path in (
-        "data.text_share", "data.reasoning_gym_share", "data.thinking", "data.multi_turn", "data.curriculum", "teacher.decide", "gate.default_budget",
-        "gate.direct_errors", "evaluation.budgets", "evaluation.routing_shares",
+        "data.text_share", "data.reasoning_gym_share", "data.thinking", "data.multi_turn", "data.curriculum", "teacher.decide",
+        "teacher.blend", "teacher.blend_at", "gate.default_budget", "gate.direct_errors", "evaluation.budgets", "evaluation.routing_shares",
     )),
     ("student.temperature", 1e-3, math.inf),
 ]  # fmt: skip
@@ -245,6 +250,8 @@ class RunConfig:
             raise ValueError(f"name is {self.name!r}; it names a folder under out and may not be empty, hidden or hold a slash")
         if self.data.batch_rows % self.teacher.optim.micro_batches or self.data.batch_rows % self.student.optim.micro_batches:
             raise ValueError(f"data.batch_rows ({self.data.batch_rows}) must be a multiple of every optim.micro_batches")
+        if self.teacher.blend < 1 and self.teacher.init is None:
+            raise ValueError(f"teacher.blend is {self.teacher.blend}, but there is no teacher.init to blend with; leave it out")
         s = self.student
         if s.checkpoint and (s.init, s.freeze_slow) not in (("teacher", True), ("smaller", False)):
             raise ValueError(

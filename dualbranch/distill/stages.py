@@ -100,7 +100,7 @@ def snapshot(model: DualBranchModel) -> DualBranchModel:
 def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log, device: torch.device) -> DualBranchModel:
     """A dense decoder trained on the generator with and without reasoning, then to decide between the two by its own results."""
     t = config.teacher
-    model = DualBranchModel(dense_config(config.model))
+    model, new = DualBranchModel(dense_config(config.model)), []
     if t.init is None:
         model.init_weights(config.seed)
     else:
@@ -119,6 +119,8 @@ def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log, dev
         return {"hard": text_loss(model, rows)}
 
     def batch(step: int) -> Rows:
+        if t.blend < 1 and step == round(t.steps * t.blend_at):
+            go_back(model, load(t.init, dtype=torch.float32, dense=True).model, t.blend, new)
         if step >= t.first_decision and config.data.has_problems and not data.needs_thinking:
             if not assessment(folder):
                 assess(snapshot(model), tok, data, t.n_assess, folder / ASSESSMENT, log)
@@ -129,6 +131,18 @@ def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log, dev
 
     train(model, Loop("teacher", folder, t.steps, t.optim, config.save_every, batch, loss, log, config.precision))
     return snapshot(model)
+
+
+@torch.no_grad()
+def go_back(model: DualBranchModel, start: DualBranchModel, stays: float, new: list[int]) -> None:
+    """Moves the weights of `model` towards those of `start`, but for the rows of the tokens `new`: the share `stays` of the difference is left. Mutates it."""
+    weights, tables = dict(start.named_parameters()), {id(table.weight) for table in {model.embed, model.head} - {None}}
+    for name, p in model.named_parameters():
+        trained = dist.full(p.detach())
+        mixed = torch.lerp(weights[name].to(trained.device), trained, stays)
+        if id(p) in tables:
+            mixed[new] = trained[new]
+        p.copy_(dist.like(mixed, p))
 
 
 @torch.no_grad()
