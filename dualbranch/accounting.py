@@ -80,6 +80,14 @@ def head_flops(c: DualBranchConfig) -> float:
     return 2 * c.vocab_size * c.d_model
 
 
+def unread_flops(c: DualBranchConfig, n_cached: int) -> float:
+    """What every token of a prompt but the last one spares: logits, and of the last layer all but keys and values (`model.forward`, `last_only`)."""
+    last = c.n_layers - 1
+    if last in c.dual_layers:
+        return head_flops(c)
+    return head_flops(c) + layer_flops(c, True, n_cached, last in c.sliding_layers) - 2 * kv_params(c)
+
+
 def token_flops(c: DualBranchConfig, slow_share: float, n_cached: int) -> float:
     """The whole model for one token, of which `slow_share` in [0, 1] is computed slow (0 or 1 for a single token)."""
     flops = head_flops(c) + 2 * gate_params(c)

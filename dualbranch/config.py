@@ -13,7 +13,10 @@ from typing import Literal
 from kernels import SparseSpec
 
 #: Refused before anything is allocated; far above every model this library is for.
-LIMITS = {"vocab_size": 1_000_000, "d_model": 32_768, "n_layers": 512, "n_heads": 512, "d_ff": 262_144, "head_dim": 1_024, "max_seq_len": 2**24}
+LIMITS = {
+    "vocab_size": 1_000_000, "d_model": 32_768, "n_layers": 512, "n_heads": 512, "d_ff": 262_144, "fast_n_heads": 512, "fast_d_ff": 262_144, "d_gate": 32_768,
+    "head_dim": 1_024, "max_seq_len": 2**24,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

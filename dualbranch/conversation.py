@@ -82,6 +82,7 @@ class Conversation:
             if ids:
                 self.messages = [*messages, {"role": "assistant", "ids": ids}]
                 self.ids = prompt + ids
+                self._cache.truncate(len(self.ids) - 1)  # of held events some may never be taken
             else:
                 self._cache.truncate(n_cached)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dualbranch.accounting import head_flops, token_flops
+from dualbranch.accounting import token_flops, unread_flops
 from dualbranch.cache import KVCache
 from dualbranch.chat import Reply, render_prompt, split_reply
 from dualbranch.config import DualBranchConfig
@@ -150,7 +150,7 @@ class Pending:
         c = self.controller
         reason = "stop" if c.finished else "length" if self.done else "cancelled"
         flops = spent_flops(model.config, self.use_slow[self.n_reused :], self.n_reused)
-        flops -= head_flops(model.config) * (len(self.prompt) - self.n_reused - 1)  # a prompt's logits are computed at its last token only
+        flops -= spared_flops(model.config, self.n_reused, len(self.prompt) - 1)
         flops += self.extra_flops
         ids, use_slow = list(self.ids), list(self.use_slow)
         return Generation(
@@ -336,16 +336,26 @@ def _without_ended(live: list[Pending], cache: KVCache) -> list[Pending]:
 
 
 @lru_cache(maxsize=8)
-def _flops_table(config: DualBranchConfig, n_positions: int) -> tuple[list[float], list[float]]:
-    """FLOPs of a fast [0] and a slow [1] token at each position."""
-    return tuple([token_flops(config, share, n) for n in range(n_positions)] for share in (0.0, 1.0))
+def _flops_table(config: DualBranchConfig, n_positions: int) -> tuple[list[float], list[float], list[float]]:
+    """FLOPs of a fast [0] and a slow [1] token at each position, and what one of a prompt spares [2]."""
+    spared = [unread_flops(config, n) for n in range(n_positions)]
+    return *([token_flops(config, share, n) for n in range(n_positions)] for share in (0.0, 1.0)), spared
 
 
 def spent_flops(config: DualBranchConfig, use_slow: Sequence[bool], n_cached: int = 0) -> float:
     """FLOPs of tokens at positions `n_cached, n_cached + 1, ...`, of which `use_slow` went slow (`accounting.token_flops`, summed)."""
     end = n_cached + len(use_slow)
-    fast, slow = _flops_table(config, max(256, 1 << (end - 1).bit_length()) if end else 1)
+    fast, slow, _ = _flops_table(config, _table_length(end))
     return math.fsum(slow[n] if s else fast[n] for n, s in enumerate(use_slow, n_cached))
+
+
+def spared_flops(config: DualBranchConfig, start: int, end: int) -> float:
+    """FLOPs that the tokens of a prompt at positions `[start, end)`, none of them its last, don't cost (`accounting.unread_flops`, summed)."""
+    return math.fsum(_flops_table(config, _table_length(end))[2][start:end])
+
+
+def _table_length(n: int) -> int:
+    return max(256, 1 << (n - 1).bit_length()) if n else 1
 
 
 def generate_batch(

@@ -269,9 +269,10 @@ class Printer:
         return style + ((SLOW if event.use_slow else FAST) if self.show_gate else "")
 
     def _write(self, style: str, text: str) -> None:
-        if self.colour:
+        if self.colour or self.out.isatty():
             text = text.translate(UNSAFE)
-            text = f"{style}{text}{RESET}" if style else text
+        if self.colour and style:
+            text = f"{style}{text}{RESET}"
         self.out.write(text)
         self.out.flush()
 

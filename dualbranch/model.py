@@ -148,7 +148,7 @@ class DualBranchModel(nn.Module):
             raise ValueError(f"{asked}: this model was exported with its fast branch alone; it runs on route fast only (mode fast)")
         if isinstance(route, str) and route not in ROUTES:
             raise ValueError(f"unknown route {route!r}; choose one of {', '.join(ROUTES)}")
-        if self.runner is not None and logits_at is None and Runner.takes(tokens, route, cache):
+        if self.runner is not None and logits_at is lengths is doc_start is None and Runner.takes(tokens, route, cache):
             return self.runner(tokens, lambda x: self._decide(x, route, budget, threshold, (1, 1)), cache)
         B, T = tokens.shape
         if B == 1 and T > PROMPT_AT_ONCE and cache is not None and last_only and lengths is doc_start is None and not torch.is_grad_enabled():

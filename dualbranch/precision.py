@@ -70,6 +70,7 @@ def _replace_matrices(model: DualBranchModel, precision: str, keep_values: bool)
     if set(bits.values()) == {32}:
         return model
     model.requires_grad_(False)
+    model.runner = None  # it holds the weights as they were
     for block in model.blocks:
         for module, part in ((block.kv, "slow"), (block.slow, "slow"), (block.fast, "fast")):
             if module is not None:
@@ -101,5 +102,5 @@ def _packed_linear(linear: nn.Linear, bits: int, keep_values: bool) -> PackedLin
     if keep_values:
         packed.matrix.pack(linear.weight)
         if linear.bias is not None:
-            packed.bias.copy_(linear.bias)
+            packed.bias = nn.Parameter(linear.bias.detach().float().clone(), requires_grad=False)  # where the weight is, too
     return packed

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: Most tokens that anything is counted in: a larger number in a config is a mistake or an attack, refused before anything is allocated.
+MOST_TOKENS = 2**24
+
 
 @dataclass(frozen=True)
 class SparseSpec:
@@ -36,8 +39,8 @@ class SparseSpec:
         lowest = {"block_size": 1, "n_selected_blocks": 0, "window": 1, "n_sinks": 0, "dense_len": 0}
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < lowest[field.name]:
-                raise ValueError(f"{field.name} must be an integer >= {lowest[field.name]}, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not lowest[field.name] <= value <= MOST_TOKENS:
+                raise ValueError(f"{field.name} must be an integer in [{lowest[field.name]}, {MOST_TOKENS}], got {value!r}")
 
 
 class AttentionPlan:

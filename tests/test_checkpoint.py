@@ -383,6 +383,10 @@ def test_pickle_is_refused_and_never_executed(saved, tmp_path, monkeypatch):
     [
         ({"n_layers": 10**9}, "n_layers is 1000000000"),
         ({"vocab_size": 10**12}, "vocab_size"),
+        ({"fast_d_ff": 10**30}, "fast_d_ff"),
+        ({"d_gate": 10**18}, "d_gate"),
+        ({"sparse": {"block_size": 2**40}}, "block_size must be an integer in"),
+        ({"sparse": {"n_selected_blocks": 2**40, "dense_len": 0}}, "n_selected_blocks must be an integer in"),
         ({"d_model": -1}, "d_model is -1"),
         ({"n_heads": "two"}, "n_heads: got 'two' (str), needed int"),
         ({"n_laers": 2}, "unknown setting n_laers, did you mean n_layers?"),

@@ -83,12 +83,20 @@ def test_use_slow_is_what_one_pass_over_the_whole_text_decides(tiny, name):
     assert name != "auto" or 0 < g.slow_share < 1
 
 
+def spared(c, n_prompt: int) -> float:
+    """What all tokens of a prompt but the last don't compute: logits, and queries, output and feed-forward of a last layer that is not dual."""
+    n, last = n_prompt - 1, 0.0
+    if c.n_tail or c.is_dense:
+        last = n * 2 * (2 * c.d_model * c.n_heads * c.head_dim + 3 * c.d_model * c.d_ff) + 4 * c.n_heads * c.head_dim * n * (n + 1) / 2
+    return n * 2 * c.vocab_size * c.d_model + last
+
+
 def test_flops_are_those_of_each_token_at_its_position_on_its_route(tiny):
     model, tok = tiny
     for name in MODES:
         for g in generate_batch(model, tok, prompts_of(tok), name, SamplingParams(max_tokens=40)):
             want = sum(token_flops(model.config, float(slow), n) for n, slow in enumerate(g.use_slow))
-            want -= (g.n_prompt - 1) * 2 * model.config.vocab_size * model.config.d_model  # only the prompt's last token has logits
+            want -= spared(model.config, g.n_prompt)
             assert g.flops == pytest.approx(want, rel=1e-12)
 
 
@@ -132,7 +140,7 @@ def test_tokens_looked_at_twice_are_those_of_a_run_in_which_they_went_slow(tiny)
         assert g.use_slow[: g.n_prompt] == gated[: g.n_prompt]  # a prompt gets no second look
         assert [u for u, of_gate in zip(g.use_slow, gated, strict=True) if u != of_gate] == [True] * g.n_second_looks
         want = sum(token_flops(model.config, float(slow), n) for n, slow in enumerate(g.use_slow))
-        want -= (g.n_prompt - 1) * 2 * model.config.vocab_size * model.config.d_model
+        want -= spared(model.config, g.n_prompt)
         first_look = token_flops(model.config, 0.0, g.n_prompt)
         assert g.flops - want == pytest.approx(g.n_second_looks * first_look, rel=0.1)
         assert g.n_second_looks <= sum(g.use_slow)
@@ -433,6 +441,19 @@ def test_a_stream_cut_anywhere_shows_no_tag_and_the_conversation_goes_on_as_if_c
         prompt = render_prompt(tok, [*history, {"role": "user", "content": "the sum"}])
         got = conversation.send("the sum", mode, params)
         assert got.ids == generate_batch(model, tok, [prompt], mode, params)[0].ids, n_events
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_stream_cut_anywhere_leaves_no_token_in_the_cache_that_nobody_took(tiny, name):
+    tok = tiny[1]
+    model = calibrated(tok, think_threshold=1.1, direct_confidence=0.0)  # in auto it always tries: the whole answer is held, then handed out
+    for n_events in range(1, 7):
+        conversation = Conversation(LoadedModel(model, tok))
+        events = conversation.stream("how many", name, SamplingParams(max_tokens=24))
+        for _ in range(n_events):
+            next(events, None)
+        events.close()
+        assert int(conversation._cache.n_cached[0]) <= len(conversation.ids) - 1, n_events
 
 
 # ---- conversations

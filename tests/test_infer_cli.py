@@ -179,6 +179,11 @@ def test_a_model_cannot_drive_the_terminal(monkeypatch):
     out = io.StringIO()
     infer.Printer(out)._write("", "a\x1b[2Jb\x07\x9b1m\n\tc")
     assert out.getvalue() == "a\ufffd[2Jb\ufffd\ufffd1m\n\tc"
+    monkeypatch.setenv("NO_COLOR", "1")
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    infer.Printer(terminal)._write("", "a\x1b[2Jb")
+    assert terminal.getvalue() == "a\ufffd[2Jb"
 
 
 # ---- errors

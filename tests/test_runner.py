@@ -78,6 +78,7 @@ def test_only_single_cached_tokens_without_gradient_are_the_runners():
         model(one, "soft", cache=cache)
         model(torch.tensor([[20, 21]]), cache=cache)
         model(torch.tensor([[20], [21]]), cache=model.new_cache(2, 8))
+        model(one, cache=cache, lengths=torch.tensor([0]))
         assert set(calls) <= {"logits"}  # a single token's head is the runner's, whoever computed the rest
         calls.clear()
         model(one, cache=cache)
@@ -116,6 +117,13 @@ def test_libraries_are_told_apart_by_everything_their_code_depends_on(monkeypatc
 
 
 @pytest.mark.skipif(unavailable(make_tiny_model(400)) is not None, reason="no C++ compiler")
+def test_quantized_weights_are_not_decoded_by_the_runner_of_the_old_ones():
+    model = make_tiny_model(400)
+    model.runner = Runner(model, plain_steps(model))
+    quantize(model, "int4")
+    assert model.runner is None
+
+
 def test_compiled_and_quantized_it_computes_the_same(monkeypatch, tmp_path):
     monkeypatch.setenv("DUALBRANCH_CACHE", str(tmp_path))
     monkeypatch.setattr(DualBranchModel, "cache_dtype", torch.float32)  # in bf16, sums in another order round some keys and values the other way
