@@ -15,7 +15,7 @@ import torch
 from dualbranch.cache import KVCache
 from dualbranch.chat import render_prompt
 from dualbranch.generate import Event, Generation, PromptTooLong, stream
-from dualbranch.modes import MIN_ROOM, Mode, resolve
+from dualbranch.modes import Mode, resolve, token_rules
 from dualbranch.sampling import GREEDY, SamplingParams
 
 if TYPE_CHECKING:
@@ -59,8 +59,9 @@ class Conversation:
         prompt = render_prompt(self.tokenizer, messages)
         assert prompt[: len(self.ids)] == self.ids, "a turn must extend the turns before it"
         max_seq_len = self.model.config.max_seq_len
-        if len(prompt) + MIN_ROOM > max_seq_len:
-            raise PromptTooLong(len(prompt), max_seq_len)
+        min_room = token_rules(self.tokenizer, self.model.config.vocab_size).min_room
+        if len(prompt) + min_room > max_seq_len:
+            raise PromptTooLong(len(prompt), max_seq_len, min_room)
         n_reused = 0 if self._cache is None else reusable(self._cache, mode.route)
         capacity = min(len(prompt) + params.max_tokens, max_seq_len)
         if self._cache is None:

@@ -6,6 +6,7 @@ allowed share of slow tokens) into a threshold, measured on held-out text and st
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +107,6 @@ class Calibration:
 
 def check_budget(budget: float) -> float:
     """`budget`; raises ValueError unless it lies in [0, 1]."""
-    if not 0.0 <= budget <= 1.0:
-        raise ValueError(f"budget is {budget}; it is the share of tokens that may go slow and must lie in [0, 1]")
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not 0.0 <= budget <= 1.0:
+        raise ValueError(f"budget is {budget!r}; it is the share of tokens that may go slow and must lie in [0, 1]")
     return budget

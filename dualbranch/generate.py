@@ -22,7 +22,7 @@ from dualbranch.cache import KVCache
 from dualbranch.chat import Reply, render_prompt, split_reply
 from dualbranch.config import DualBranchConfig
 from dualbranch.model import DualBranchModel, ModelOutput
-from dualbranch.modes import MIN_ROOM, Mode, Phase, ThinkingController, fitted, resolve, token_rules
+from dualbranch.modes import Mode, Phase, ThinkingController, fitted, resolve, token_rules
 from dualbranch.sampling import GREEDY, SamplingParams, sample
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ REFILL_AT = 0.25
 class PromptTooLong(ValueError):
     """The prompt leaves no room for a reply. `n_prompt` and `max_prompt` are both counts, also named in the message."""
 
-    def __init__(self, n_prompt: int, max_seq_len: int) -> None:
-        self.n_prompt, self.max_prompt = n_prompt, max_seq_len - MIN_ROOM
+    def __init__(self, n_prompt: int, max_seq_len: int, min_room: int) -> None:
+        self.n_prompt, self.max_prompt = n_prompt, max_seq_len - min_room
         super().__init__(
-            f"the prompt has {n_prompt} tokens and the model takes at most {self.max_prompt} (max_seq_len {max_seq_len} less {MIN_ROOM} for a reply);"
+            f"the prompt has {n_prompt} tokens and the model takes at most {self.max_prompt} (max_seq_len {max_seq_len} less {min_room} for a reply);"
             " shorten it, or start a new conversation"
         )
 
@@ -221,7 +221,7 @@ def start(model: DualBranchModel, tok: Tokenizer, prompts: Sequence[Sequence[int
             raise ValueError(f"prompt {i} is empty; it needs at least <bos> (render_prompt makes one from messages)")
         room = model.config.max_seq_len - len(prompt)
         if room < rules.min_room:
-            raise PromptTooLong(len(prompt), model.config.max_seq_len)
+            raise PromptTooLong(len(prompt), model.config.max_seq_len, rules.min_room)
         if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             raise ValueError(f"prompt {i} holds token ids outside [0, {model.config.vocab_size}); was it made by another tokenizer?")
         controller = ThinkingController(rules, mode, min(params.max_tokens, room), *when_to_think)
@@ -368,8 +368,11 @@ def generate_batch(
 ) -> list[Generation]:
     """One `Generation` per prompt (ids ending in `<|assistant|>`), in order; `batch_size` sequences are decoded at once.
 
-    A reply doesn't depend on the batch it is in. Raises ValueError and PromptTooLong as `start` does, before anything is computed.
+    A reply doesn't depend on the batch it is in (where packed matrices meet a CPU with units for bf16, but for rounding: `packed.product_dtype`).
+    Raises ValueError and PromptTooLong as `start` does, before anything is computed.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     mode = resolve(mode)
     sequences = start(model, tok, prompts, mode, params)
     by_length = sorted(sequences, key=lambda s: len(s.prompt))  # little padding in what is prefilled together

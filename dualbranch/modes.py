@@ -16,6 +16,7 @@ import torch
 
 from dualbranch.chat import chat_format
 from dualbranch.gate import check_budget
+from dualbranch.sampling import check_integer
 
 if TYPE_CHECKING:
     from dualbranch.tokenizer import TokenizerBase
@@ -55,6 +56,7 @@ class Mode:
             if self.route != "auto":
                 raise ValueError(f"budget = {self.budget} has no effect with route {self.route}; set route auto (mode auto), or leave budget out")
         if self.thinking_budget is not None:
+            check_integer("thinking_budget", self.thinking_budget)
             if self.thinking_budget < 0:
                 raise ValueError(f"thinking_budget is {self.thinking_budget}; it counts tokens and must be at least 0")
             if self.thinking == "off":

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
+
+
+def check_integer(name: str, value: object) -> None:
+    """Raises ValueError where `value` is no integer."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} is {value!r}; it must be an integer")
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,8 @@ class SamplingParams:
     max_tokens: int = 256
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "seed", "max_tokens"):
+            check_integer(name, getattr(self, name))
         if not (self.temperature >= 0.0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature is {self.temperature}; it must be finite and at least 0 (0 = greedy)")
         if self.top_k < 0:

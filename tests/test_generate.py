@@ -540,3 +540,9 @@ def test_a_conversation_runs_until_the_context_is_full_and_then_says_so(tiny):
             g = conversation.send("how many apples are left?", "auto", SamplingParams(max_tokens=30))
             assert g.answer.strip() and len(conversation.ids) <= model.config.max_seq_len
     assert n_turns > 3
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_has_a_row(tiny, batch_size):
+    with pytest.raises(ValueError, match="batch_size"):
+        generate_batch(*tiny, [[tiny[1].bos_id]], "fast", SamplingParams(max_tokens=4), batch_size)

@@ -167,3 +167,10 @@ def test_a_tokenizer_larger_than_the_model_is_refused_with_both_sizes(tiny):
     tok = tiny[1]
     with pytest.raises(ValueError, match=f"{tok.vocab_size}.*{tok.vocab_size - 1}"):
         token_rules(tok, tok.vocab_size - 1)
+
+
+def test_budgets_of_the_wrong_type_are_value_errors():
+    with pytest.raises(ValueError, match=r"budget is '0\.3'"):
+        resolve("auto", budget="0.3")
+    with pytest.raises(ValueError, match=r"thinking_budget is 2\.5; it must be an integer"):
+        resolve("think", thinking_budget=2.5)

@@ -106,3 +106,10 @@ def test_tiny_temperature_is_greedy_and_finite(temperature):
 def test_values_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"top_k": 1.5}, {"seed": 0.5}, {"max_tokens": 10.5}, {"max_tokens": True}, {"top_k": "3"}])
+def test_counts_are_integers(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"{name} is .*must be an integer"):
+        SamplingParams(**wrong)

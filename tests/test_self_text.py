@@ -119,7 +119,7 @@ def test_self_written_text_is_split_by_document_and_packed(teacher, tiny, few, t
     assert len(train.documents) > 8 * len(valid.documents) > 0
     assert not {tuple(ids) for ids, _ in train.documents} & {tuple(ids) for ids, _ in valid.documents if len(ids) > 8}
     assert train.batch(0).tokens.shape == (2, 32)
-    assert self_text.with_self_text(run_config(), tmp_path, teacher, tiny[1]) == run_config(), "nothing is sampled unasked"
+    assert self_text.with_self_text(RunConfig(), tmp_path, teacher, tiny[1]) == RunConfig(), "nothing is sampled unasked"
 
 
 def test_the_pipeline_gives_the_student_its_teachers_text(teacher, tiny, few, tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ def with_self_text(config: RunConfig, folder: Path, teacher: DualBranchModel, to
     """`config` with the teacher's own text among its `data.text`, sampled into `folder` where that is not done yet. Collective."""
     if not config.data.self_text:
         return config
-    target, per_round = config.self_text_folder, N_ROWS * config.data.seq_len
+    target, per_round = folder / config.self_text_folder.name, N_ROWS * config.data.seq_len
     if dist.rank() == 0:
         console, n_rounds, started = Console(stderr=True), -(-config.data.self_text // per_round), time.perf_counter()
         writer = fast_copy(teacher)
