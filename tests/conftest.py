@@ -65,3 +65,11 @@ def tiny() -> tuple[DualBranchModel, Tokenizer]:
     """A random `(model, tokenizer)`; shared, so leave both as they are."""
     tok = make_tiny_tokenizer()
     return make_tiny_model(tok.vocab_size), tok
+
+
+def spared(c, n_prompt: int) -> float:
+    """What all tokens of a prompt but the last don't compute: logits, and queries, output and feed-forward of a last layer that is not dual."""
+    n, last = n_prompt - 1, 0.0
+    if c.n_tail or c.is_dense:
+        last = n * 2 * (2 * c.d_model * c.n_heads * c.head_dim + 3 * c.d_model * c.d_ff) + 4 * c.n_heads * c.head_dim * n * (n + 1) / 2
+    return n * 2 * c.vocab_size * c.d_model + last

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from conftest import make_tiny_model
+from conftest import make_tiny_model, spared
 
 from dualbranch.accounting import token_flops
 from dualbranch.chat import render_prompt, split_reply
@@ -81,14 +81,6 @@ def test_use_slow_is_what_one_pass_over_the_whole_text_decides(tiny, name):
         assert g.use_slow == want
         assert len(g.use_slow) == g.n_prompt + len(g.ids) - 1
     assert name != "auto" or 0 < g.slow_share < 1
-
-
-def spared(c, n_prompt: int) -> float:
-    """What all tokens of a prompt but the last don't compute: logits, and queries, output and feed-forward of a last layer that is not dual."""
-    n, last = n_prompt - 1, 0.0
-    if c.n_tail or c.is_dense:
-        last = n * 2 * (2 * c.d_model * c.n_heads * c.head_dim + 3 * c.d_model * c.d_ff) + 4 * c.n_heads * c.head_dim * n * (n + 1) / 2
-    return n * 2 * c.vocab_size * c.d_model + last
 
 
 def test_flops_are_those_of_each_token_at_its_position_on_its_route(tiny):
