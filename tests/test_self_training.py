@@ -233,3 +233,7 @@ def test_a_teacher_goes_back_once_at_its_step_whether_resumed_or_not(public, tmp
         assert len(calls) == 1
         weights[name] = load_checkpoint(c.folder / "teacher")[0].state_dict()
     assert all(torch.equal(weights["whole"][k], weights["stopped"][k]) for k in weights["whole"])
+
+
+def test_a_teacher_that_is_to_go_back_does_so_before_its_last_step_at_the_latest(public, tmp_path):
+    assert [config(public, tmp_path, "teacher.steps=5", f"teacher.blend_at={at}").teacher.step_back for at in (0, 0.4, 1)] == [0, 2, 4]

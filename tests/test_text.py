@@ -89,6 +89,9 @@ def test_conversations_longer_than_a_row_are_left_out_with_a_warning_and_refused
         assert len(text_documents(tok, (str(jsonl(tmp_path / "x.jsonl", long, short)),), (), "train", 32)) == 1
     with pytest.raises(ValueError, match=r"1 of 1 .* raise it"):
         text_documents(tok, (str(jsonl(tmp_path / "y.jsonl", long)),), (), "train", 32)
+    monkeypatch.setattr(text_module, "VALID_SHARE", 1.0)
+    with pytest.warns(UserWarning, match="1 of 1 conversations of the valid text"):
+        assert text_documents(tok, (str(jsonl(tmp_path / "z.jsonl", long)),), (), "valid", 32) == []
 
 
 def test_cutting_a_long_file_takes_time_in_proportion(tmp_path):

@@ -125,6 +125,11 @@ class TeacherConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     @property
+    def step_back(self) -> int:
+        """The step before which the weights go back towards those of `init`: the last one at the latest."""
+        return min(round(self.steps * self.blend_at), self.steps - 1)
+
+    @property
     def first_decision(self) -> int:
         """The step at which it assesses itself; `steps` if it never does."""
         return self.steps - round(self.steps * self.decide)

@@ -119,7 +119,7 @@ def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log, dev
         return {"hard": text_loss(model, rows)}
 
     def batch(step: int) -> Rows:
-        if t.blend < 1 and step == round(t.steps * t.blend_at):
+        if t.blend < 1 and step == t.step_back:
             go_back(model, load(t.init, dtype=torch.float32, dense=True).model, t.blend, new)
         if step >= t.first_decision and config.data.has_problems and not data.needs_thinking:
             if not assessment(folder):
