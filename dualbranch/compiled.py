@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -26,13 +27,15 @@ from dualbranch.config import DualBranchConfig
 from dualbranch.convert.names import cache_folder
 from dualbranch.packed import COMPILE_OPTIONS
 from dualbranch.schema import to_dict
-from kernels import has_bf16_units
+from kernels import has_bf16_units, spec
 
 if TYPE_CHECKING:
     from dualbranch.model import DualBranchModel
 
+logger = logging.getLogger(__name__)
+
 #: The code of the steps, with this module's; a change to any of them makes new libraries.
-SOURCES = (runner, packed, block, layers, routing, config)
+SOURCES = (runner, packed, block, layers, routing, config, spec)
 #: Settings that no step depends on.
 FREE = ("n_layers", "n_stem", "n_tail", "max_seq_len", "rope_theta", "rope_scaling", "d_gate")
 
@@ -55,9 +58,19 @@ def steps_folder(c: DualBranchConfig, precision: str) -> Path:
     settings = {name: value for name, value in to_dict(c).items() if name not in FREE}
     kinds = sorted({(i in c.sliding_layers, i in c.dual_layers) for i in range(c.n_layers)})  # of layers
     cpu = torch.device("cpu")
-    machine = (torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), has_bf16_units(cpu), torch.get_num_threads() > 1)
+    features = (_cpu_features(), torch.backends.cpu.get_cpu_capability(), has_bf16_units(cpu))
+    machine = (torch.__version__, platform.machine(), features, torch.get_num_threads() > 1)
     digest.update(json.dumps([settings, kinds, c.fast_only, precision, machine], sort_keys=True).encode())
     return cache_folder() / "compiled" / digest.hexdigest()[:16]
+
+
+def _cpu_features() -> str:
+    """What instructions this CPU has, as Linux lists them: code is compiled for all of them (a cache folder may be shared by machines)."""
+    try:
+        with open("/proc/cpuinfo") as info:
+            return next((line for line in info if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return platform.processor()
 
 
 def is_built(model: DualBranchModel, precision: str) -> bool:
@@ -66,11 +79,16 @@ def is_built(model: DualBranchModel, precision: str) -> bool:
 
 
 def load_steps(model: DualBranchModel) -> dict[str, Callable] | None:
-    """The compiled steps of `model`, or None where they were not built."""
+    """The compiled steps of `model`, or None where they were not built, or can't be opened: then they are deleted."""
     folder = steps_folder(model.config, model.precision)
     if not is_built(model, model.precision):
         return None
-    return {name: _opened(folder / f"{name}.pt2") for name in runner.plain_steps(model)}
+    try:
+        return {name: _opened(folder / f"{name}.pt2") for name in runner.plain_steps(model)}
+    except (OSError, RuntimeError) as error:  # RuntimeError: how torch says that it can't read a library
+        logger.warning("what was compiled can't be opened and is deleted: %s", str(error).strip()[:200])
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
 
 
 def _opened(path: Path) -> Callable:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Waiting prompts are prefilled together, as soon as this share of a batch's rows is free: one by one they would cost more than idle rows do.
 REFILL_AT = 0.25
+#: Most tokens, padding included, of prompts that are prefilled together (one longer prompt alone); more need more memory and are no faster.
+PROMPTS_AT_ONCE = 16384
 
 
 class PromptTooLong(ValueError):
@@ -246,12 +248,13 @@ def decode(
         cache = model.new_cache(min(n_rows or len(sequences), len(sequences)), capacity)
     banned = sequences[0].controller.rules.banned.to(model.device)
     sure = model.calibration.confidence(mode.budget) if mode.route == "auto" and model.calibration is not None else 0.0
-    waiting = deque(sequences)
+    waiting, filling = deque(sequences), False
     live: list[Pending] = []  # live[b] is row b of the cache; the rows after them are free
     while live or waiting:
         n_free = cache.n_rows - len(live)
-        if waiting and n_free >= min(len(waiting), REFILL_AT * cache.n_rows):
-            group = [waiting.popleft() for _ in range(min(n_free, len(waiting)))]
+        filling = bool(waiting) and n_free >= (1 if filling else min(len(waiting), REFILL_AT * cache.n_rows))
+        if filling:
+            group = _next_group(waiting, n_free)
             rows = cache.rows(len(live), len(live) + len(group))
             rows.truncate([s.n_reused for s in group])
             live = [*live, *group]
@@ -266,6 +269,17 @@ def decode(
         if stepped:
             yield stepped
         live = _without_ended(live, cache)
+
+
+def _next_group(waiting: deque[Pending], n_free: int) -> list[Pending]:
+    """The first of `waiting`, at most `n_free`, whose prompts are prefilled together. Mutates `waiting`."""
+    group, longest = [], 0
+    while waiting and len(group) < n_free:
+        longest = max(longest, len(waiting[0].prompt) - waiting[0].n_reused)
+        if group and (len(group) + 1) * longest > PROMPTS_AT_ONCE:
+            break
+        group.append(waiting.popleft())
+    return group
 
 
 def _extend(model: DualBranchModel, group: Sequence[Pending], logits: Tensor, banned: Tensor, params: SamplingParams, sure: float) -> list[Pending]:

@@ -136,6 +136,9 @@ def run(args: argparse.Namespace) -> int:
     prepare(loaded.model, args.precision, not args.no_compile)
     keep_freed_memory()
     asked, mode = mode, fitted(mode, loaded.tokenizer, asked=args.thinking == "on")
+    if loaded.model.config.is_dense and mode.route != "slow":
+        what = f"mode {mode.name}" + ("" if mode.budget is None else f" with budget {mode.budget}")
+        print(f"{name} has one branch, a dense model's: {what} computes every token in it (`dualbranch convert` makes a dual-branch model)", file=sys.stderr)
     if mode.thinking != asked.thinking == "on":
         print(f"{name} has no thinking mode: mode {mode.name} means route {mode.route}, and answers come without reasoning", file=sys.stderr)
     if text is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ from dualbranch import accounting
 from dualbranch.block import Block
 from dualbranch.cache import KVCache, NoCache
 from dualbranch.config import DualBranchConfig
-from dualbranch.gate import Calibration, GatingController
+from dualbranch.gate import Calibration, GatingController, check_budget
 from dualbranch.layers import Rope, ScaledEmbedding
 from dualbranch.packed import PackedLinear, logits_of, product_dtype
 from dualbranch.routing import Grid, Partition, TokenGroup
@@ -91,6 +91,16 @@ class DualBranchModel(nn.Module):
             with torch.no_grad():
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DualBranchModel:
+        """Of `to`, `float` and their kind: the runner holds the weights as they were."""
+        self.runner = None
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
+        """As PyTorch's; afterwards decoding runs uncompiled until the next `compile_decode`."""
+        self.runner = None
+        return super().load_state_dict(state_dict, strict, assign)
+
     @property
     def device(self) -> torch.device:
         return self.norm.weight.device
@@ -148,6 +158,8 @@ class DualBranchModel(nn.Module):
             raise ValueError(f"{asked}: this model was exported with its fast branch alone; it runs on route fast only (mode fast)")
         if isinstance(route, str) and route not in ROUTES:
             raise ValueError(f"unknown route {route!r}; choose one of {', '.join(ROUTES)}")
+        if budget is not None:
+            check_budget(budget)
         if self.runner is not None and logits_at is lengths is doc_start is None and Runner.takes(tokens, route, cache):
             return self.runner(tokens, lambda x: self._decide(x, route, budget, threshold, (1, 1)), cache)
         B, T = tokens.shape
@@ -234,14 +246,19 @@ class DualBranchModel(nn.Module):
     def compile_decode(self, build: bool = False) -> bool:
         """Decodes single rows with compiled code from now on, where it was built for such a model (`dualbranch compile`), or can be and `build` says so.
 
-        Returns whether it does; where not, the log says why.
+        Returns whether it does; where not, the log says why. It does so until the weights are moved or replaced (`to`, `load_state_dict`).
         """
         from dualbranch import compiled
 
         reason = compiled.unavailable(self, build and not compiled.is_built(self, self.precision))
-        if reason is None and build:
-            compiled.build(self, logger.info)
-        steps = None if reason else compiled.load_steps(self)
+        steps = None
+        while reason is steps is None:
+            was_there = compiled.is_built(self, self.precision)
+            if build:
+                compiled.build(self, logger.info)
+            steps = compiled.load_steps(self)
+            if not (build and was_there):  # else it was damaged, and is built anew
+                break
         if steps is None:
             logger.warning("decoding runs uncompiled: %s", reason or "nothing was built yet for such a model on this machine (`dualbranch compile`)")
             return False

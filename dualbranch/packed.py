@@ -169,6 +169,7 @@ class PackedMatrix(nn.Module):
         super()._apply(fn, recurse)
         for name in self._word_names:
             setattr(self, name, getattr(self, name).view(torch.float32))
+        self.unpack = partial(transposed, self.bits)  # compiled code is for one device
         return self
 
     @property

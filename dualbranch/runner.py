@@ -89,7 +89,7 @@ def sparse_slots(q: Tensor, pooled: Tensor, position: Tensor, spec: SparseSpec) 
     before_window = position - spec.window  # the last key before it
     sinks = torch.arange(spec.n_sinks, device=device)
     window = position - torch.arange(spec.window, device=device)
-    near = torch.cat([sinks, window.clamp(min=0)]).expand(n_groups, -1)
+    near = torch.cat([torch.minimum(sinks, position), window.clamp(min=0)]).expand(n_groups, -1)
     counts = torch.cat([sinks <= before_window, window >= 0]).expand(n_groups, -1)
     if spec.n_selected_blocks == 0:
         return near, counts

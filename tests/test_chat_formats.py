@@ -143,7 +143,9 @@ def test_a_model_without_thinking_mode_answers_and_says_so(tmp_path, capsys):
             generate(loaded, "hello", **knobs)
     assert main(["--model", str(tmp_path / "m.gguf"), "--mode", "think", "--prompt", "hello", "--max-tokens", "6"]) == 0
     said = capsys.readouterr()
-    assert said.err.count("no thinking mode") == 1 and said.out.strip()
+    assert said.err.count("no thinking mode") == 1 and said.out.strip() and "one branch" not in said.err
+    assert main(["--model", str(tmp_path / "m.gguf"), "--budget", "0.2", "--prompt", "hello", "--max-tokens", "6"]) == 0
+    assert "one branch, a dense model's: mode auto with budget 0.2 computes every token in it" in capsys.readouterr().err
 
 
 def test_a_conversation_with_a_public_model_reuses_every_token(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import sys
 
 import pytest
 import torch
@@ -248,6 +249,25 @@ def test_waiting_prompts_take_the_rows_of_ended_replies_in_one_cache_of_batch_si
             n_decoded += n_rows
     assert n_waiting == 0
     assert n_decoded == sum(len(g.ids) - 1 for g in replies)  # no row of an ended reply was ever computed
+
+
+@pytest.mark.parametrize("limit", [1, 40, 90])
+def test_long_prompts_are_prefilled_a_few_at_a_time_and_fill_all_rows_first(tiny, limit, monkeypatch):
+    model, tok = tiny
+    prompts = ragged_prompts(tok, 24, seed=1)
+    expected = generate_batch(model, tok, prompts, "auto", SamplingParams(max_tokens=20), 8)
+    monkeypatch.setattr(sys.modules["dualbranch.generate"], "PROMPTS_AT_ONCE", limit)
+    passes = []
+    hook = model.embed.register_forward_hook(lambda module, args, out: passes.append(args[0].shape))
+    try:
+        assert generate_batch(model, tok, prompts, "auto", SamplingParams(max_tokens=20), 8) == expected
+    finally:
+        hook.remove()
+    prompt_passes = [shape for shape in passes if shape[1] > 1]
+    assert sum(n_rows for n_rows, _ in prompt_passes) == 24
+    assert all(n_rows == 1 or n_rows * n_cols <= limit for n_rows, n_cols in prompt_passes)
+    first = next(i for i, (_, n_cols) in enumerate(passes) if n_cols == 1)
+    assert sum(n_rows for n_rows, _ in passes[:first]) >= 8, "decoding starts with every row taken"
 
 
 def test_a_waiting_prompt_is_left_alone_until_its_turn(tiny):

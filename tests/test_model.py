@@ -144,6 +144,13 @@ def test_budget_zero_is_all_fast_and_one_is_all_slow():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("route", ["slow", "fast", "auto"])
+def test_a_budget_that_is_no_share_is_refused_on_every_route(route):
+    for budget in (-0.1, 1.5, float("nan"), True):
+        with pytest.raises(ValueError, match="must lie in"):
+            build()(tokens(1, 2), route, budget=budget)
+
+
 def test_gate_and_second_looks_share_the_budget():
     generator = torch.Generator().manual_seed(0)
     g, confidence = torch.rand(4000, generator=generator), torch.rand(4000, generator=generator)

@@ -1,11 +1,13 @@
 """The one-row decode step: equal to the model's own forward, whatever the dialect, and compiled without recompiling as the context grows."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
 from conftest import make_tiny_model
 
+from dualbranch import compiled
 from dualbranch.cache import CacheFull
 from dualbranch.compiled import build, steps_folder, unavailable
 from dualbranch.model import DualBranchModel
@@ -124,6 +126,36 @@ def test_quantized_weights_are_not_decoded_by_the_runner_of_the_old_ones():
     assert model.runner is None
 
 
+def test_weights_moved_or_replaced_are_not_decoded_by_the_runner_of_the_old_ones():
+    model, other = make_tiny_model(400), make_tiny_model(400, seed=1)
+    tokens = torch.tensor([[20]])
+
+    def next_logits():
+        with torch.no_grad():
+            return model(tokens, cache=model.new_cache(1, 8)).logits
+
+    for change in (lambda: model.load_state_dict(other.state_dict(), assign=True), model.double, model.float):
+        model.runner = Runner(model, plain_steps(model))
+        change()
+        assert model.runner is None
+    torch.testing.assert_close(next_logits(), other(tokens).logits)
+    packed = quantize(make_tiny_model(400), "int8")
+    packed.runner = Runner(packed, dict.fromkeys(plain_steps(packed), int))  # steps that can do nothing
+    packed.to("cpu")
+    assert torch.isfinite(packed(torch.tensor([[20, 21]])).logits).all(), "matrices unpack themselves without the steps they had"
+
+
+def test_more_sinks_than_cached_tokens_are_clamped():
+    model = make_tiny_model(400, sparse=SparseSpec(block_size=4, n_selected_blocks=1, window=4, n_sinks=40, dense_len=8))
+    tokens = torch.randint(10, 400, (1, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(tokens, "fast").logits
+        model.runner = Runner(model, plain_steps(model))
+        cache = model.new_cache(1, 20)
+        found = [model(tokens[:, :12], "fast", cache=cache).logits, *(model(tokens[:, i : i + 1], "fast", cache=cache).logits for i in range(12, 20))]
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_compiled_and_quantized_it_computes_the_same(monkeypatch, tmp_path):
     monkeypatch.setenv("DUALBRANCH_CACHE", str(tmp_path))
     monkeypatch.setattr(DualBranchModel, "cache_dtype", torch.float32)  # in bf16, sums in another order round some keys and values the other way
@@ -158,6 +190,16 @@ def test_compiled_in_fp32_it_computes_the_same(monkeypatch, tmp_path):
     assert model.compile_decode(), "what is built needs no compiler"
     for a, b in zip(decode(model, tokens, 5, "slow")[0], expected, strict=True):
         torch.testing.assert_close(a.logits, b.logits, rtol=1e-4, atol=1e-5)
+    folder = steps_folder(model.config, model.precision)
+    shutil.copytree(folder, tmp_path / "sound")
+    (folder / "slow.pt2").write_bytes((folder / "slow.pt2").read_bytes()[:5000])
+    assert not make_tiny_model(400, n_stem=4, n_tail=0, qkv_bias=True).compile_decode() and not folder.exists(), "what is damaged is thrown away"
+    shutil.copytree(tmp_path / "sound", folder)
+    (folder / "slow.pt2").unlink()
+    builds = []
+    monkeypatch.setattr(compiled, "build", lambda *_: builds.append(1) or folder.exists() or shutil.copytree(tmp_path / "sound", folder))
+    monkeypatch.setattr(compiled, "unavailable", lambda *_: None)
+    assert model.compile_decode(build=True) and len(builds) == 2, "and built anew where that was asked for"
 
 
 @pytest.mark.skipif(unavailable(make_tiny_model(400)) is not None, reason="no C++ compiler")
