@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     torch.set_num_threads(args.threads)
     loaded = dualbranch.load(args.run)
     longest = -(-(max(args.lengths) + args.steps) // 1024) * 1024
-    model = quantize(stretched(loaded.model, longest), args.precision)
+    model = quantize(stretched(loaded.model, longest), args.precision, loaded.tokenizer)
     if not args.eager and not model.compile_decode(build=True):
         raise SystemExit("decoding can't be compiled here; run with --eager")
     ids: list[int] = []

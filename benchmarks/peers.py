@@ -130,7 +130,7 @@ def prepare(engine: Engine, loaded: LoadedModel, folder: Path, say: Callable[[st
     Raises ValueError for an unknown precision, and where nothing can be compiled."""
     target, packed = folder / f"{'slow' if engine.route == 'slow' else 'dual'}-{engine.precision}", engine.precision != "fp32"
     if not target.exists():
-        model = quantize(copy.deepcopy(loaded.model), engine.precision) if packed else loaded.model
+        model = quantize(copy.deepcopy(loaded.model), engine.precision, loaded.tokenizer) if packed else loaded.model
         if engine.compiled:
             compiled.build(model, lambda text: say(f"{engine.name}: {text}"))
         if packed:

@@ -141,7 +141,8 @@ def _thinking(tok: TokenizerBase, template: str) -> ThinkingFormat | None:
     think, close = c["<think>"], c["</think>"]
     if tok.thinks:  # taught by us
         return ThinkingFormat((think,), (close,), (close,))
-    if "enable_thinking" not in template:
+    always = re.search(r"assistant(?:\\n|\n)<think>", template)  # the template opens the reasoning itself
+    if not always and "enable_thinking" not in template:
         return None
     line, blank = tok.encode("\n"), tok.encode("\n\n")  # Qwen 3: lines of their own, and an empty block where it doesn't think
     found = ThinkingFormat((think, *line), (close, *blank), (think, *blank, close, *blank))
@@ -153,8 +154,18 @@ def _thinking(tok: TokenizerBase, template: str) -> ThinkingFormat | None:
 
 def _default_system(template: str) -> str | None:
     """The system message that a ChatML template writes out by itself."""
-    found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<|]+)<\|im_end\|>", template)
-    return found[1] if found else None
+    for opening in re.finditer(r"<\|im_start\|>system(?:\\n|\n)", template):
+        before, (text, end, _) = template[: opening.start()], template[opening.end() :].partition("<|im_end|>")
+        if not end:
+            continue
+        if max(map(before.rfind, ("{{", "{%"))) <= max(map(before.rfind, ("}}", "%}"))):  # plain text of the template
+            if "{{" not in text and "{%" not in text:
+                return text
+            continue
+        quote = max("'\"", key=before.rfind)  # of the string it stands in
+        if not re.search(rf"(?<!\\){quote}", text):
+            return re.sub(r"\\(.)", lambda escaped: {"n": "\n", "t": "\t"}.get(escaped[1], escaped[1]), text)
+    return None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from dualbranch import block, config, layers, packed, routing, runner
+from dualbranch import block, config, dynamic, layers, packed, routing, runner
 from dualbranch.config import DualBranchConfig
 from dualbranch.convert.names import cache_folder
 from dualbranch.packed import COMPILE_OPTIONS
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: The code of the steps, with this module's; a change to any of them makes new libraries.
-SOURCES = (runner, packed, block, layers, routing, config, spec)
+SOURCES = (runner, packed, dynamic, block, layers, routing, config, spec)
 #: Settings that no step depends on.
 FREE = ("n_layers", "n_stem", "n_tail", "max_seq_len", "rope_theta", "rope_scaling", "d_gate")
 
@@ -92,15 +92,16 @@ def load_steps(model: DualBranchModel) -> dict[str, Callable] | None:
 
 
 def _opened(path: Path) -> Callable:
-    """The library as a function of `(weights, *tensors)` or `(*tensors)`, in the order it was exported with. It has one result.
+    """The library as a function of `(weights, *tensors)` or `(*tensors)`, in the order it was exported with.
 
     Not by `torch._inductor.aoti_load_package`: that imports the whole compiler (150 MB, seconds), and what it returns works out how to flatten its
     arguments anew in every call, for a third of the time of a small step.
     """
     run = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).boxed_run
 
-    def step(first: Tensor | dict[str, Tensor], *rest: Tensor | None) -> Tensor:
-        return run([*(first.values() if isinstance(first, dict) else (first,)), *rest])[0]
+    def step(first: Tensor | dict[str, Tensor], *rest: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+        found = run([*(first.values() if isinstance(first, dict) else (first,)), *rest])
+        return found[0] if len(found) == 1 else tuple(found)
 
     return step
 
@@ -140,6 +141,14 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
         matrix = next(m for m in model.modules() if isinstance(m, packed.PackedMatrix) and m.bits == step.bits)
         vary = {0: Dim.AUTO, 1: Dim.AUTO}
         return (matrix.words, matrix.scales), (vary, {4: vary, 8: {0: Dim.AUTO}, 16: None}[step.bits])
+    many, vary = torch.ones(40, 96), {0: Dim.AUTO, 1: Dim.AUTO}
+    scale, scales, of_rows, of_columns = many[:, :1].clone(), many[0].clone(), {0: Dim.AUTO}, {0: Dim.AUTO}
+    if isinstance(step, dynamic.To8Bit):
+        return (many,), (vary,)
+    if isinstance(step, dynamic.Gated):
+        return (many.int(), many.int(), scale, scales, scales.clone()), (vary, vary, of_rows, of_columns, of_columns)
+    if isinstance(step, dynamic.From8Bit):
+        return (many.int(), scale, scales), (vary, of_rows, of_columns)
     x = torch.zeros(1, c.d_model)
     if isinstance(step, runner.EndStep):
         weights = step.weights_of(step.how[0])

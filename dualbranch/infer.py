@@ -28,7 +28,6 @@ from kernels.backend import BACKENDS, set_backend
 
 if TYPE_CHECKING:
     from dualbranch.checkpoint import LoadedModel
-    from dualbranch.model import DualBranchModel
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -70,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", metavar="TEXT", help="reply to this and exit; - reads stdin")
     p.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
     p.add_argument("--device", metavar="DEVICE", help="cpu, cuda, ... (default: cuda where there is one)")
-    what = "weights: fp32, bf16, int8 or int4, or by part: slow=int8,fast=int4,head=int8 (default: as stored; int8 where `dualbranch compile` was run for it)"
+    what = "weights: fp32, bf16, int8, int8-dynamic, int4, or by part: slow=int8,fast=int4 (default: as stored; int8 where `dualbranch compile` was run)"
     p.add_argument("--precision", metavar="P", help=what)
     p.add_argument("--no-compile", action="store_true", help="decode without the code that `dualbranch compile` made")
     p.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes attention; auto: Triton on a GPU, else plain PyTorch (default: auto)")
@@ -133,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--speculate needs a prompt; give --prompt TEXT, or pipe text in")
     set_backend(args.backend)
     loaded, name = load_model(args.model, args.device, args.accept_gemma_terms)
-    prepare(loaded.model, args.precision, not args.no_compile)
+    prepare(loaded, args.precision, not args.no_compile)
     keep_freed_memory()
     asked, mode = mode, fitted(mode, loaded.tokenizer, asked=args.thinking == "on")
     if loaded.model.config.is_dense and mode.route != "slow":
@@ -177,18 +176,19 @@ def load_model(path_or_name: str | None, device: str | None, accept_terms: bool 
     return loaded, str(path_or_name)
 
 
-def prepare(model: DualBranchModel, precision: str | None, compiled: bool) -> None:
+def prepare(loaded: LoadedModel, precision: str | None, compiled: bool) -> None:
     """Packs the weights at `precision`, and decodes with compiled code where there is some. With precision None: as the weights are, or in int8 if
     code was compiled for that alone. Mutates the model."""
     from dualbranch.compiled import is_built
     from dualbranch.precision import quantize
 
+    model = loaded.model
     compiled = compiled and model.device.type == "cpu"
     if precision is None and compiled and not is_built(model, model.precision) and model.precision == "fp32" and is_built(model, "int8"):
         precision = "int8"
         print("weights rounded to int8 (--precision fp32 keeps them)", file=sys.stderr)
     if precision is not None and precision != model.precision:
-        quantize(model, precision)
+        quantize(model, precision, loaded.tokenizer)
     if compiled and is_built(model, model.precision):
         model.compile_decode()
     elif compiled and model.precision != "fp32":

@@ -85,6 +85,11 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(tokens) * torch.tensor(self.scale, dtype=self.weight.dtype)
 
 
+def activate(x: Tensor, activation: str) -> Tensor:
+    """SiLU of swiglu, or GELU (its tanh approximation) of geglu."""
+    return F.silu(x) if activation == "swiglu" else F.gelu(x, approximate="tanh")
+
+
 class FeedForward(nn.Module):
     """`w_down(act(w_act x) * w_up x)`: SwiGLU or GeGLU (Shazeer 2020). `(N, E) -> (N, E)`."""
 
@@ -97,8 +102,7 @@ class FeedForward(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """Neuron activations `(N, d_ff)`; what importance and the ridge refit look at."""
-        a = self.w_act(x)
-        return (F.silu(a) if self.activation == "swiglu" else F.gelu(a, approximate="tanh")) * self.w_up(x)
+        return activate(self.w_act(x), self.activation) * self.w_up(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w_down(self.hidden(x))

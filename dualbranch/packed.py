@@ -111,8 +111,19 @@ def unpacked(words: Tensor, scales: Tensor | None, bits: int) -> list[Tensor]:
     return [(f - offset) * scale + low for f in values[:-1]] + [(values[-1] + (half - offset)) * scale + low]
 
 
+def integers(words: Tensor) -> list[Tensor]:
+    """The 8-bit fields of `words`, one after the other, as int8 of the words' shape."""
+    words = words.view(torch.int32)
+    return [(((words >> (8 * j)) & 255) - 128).to(torch.int8) for j in range(3)] + [(words >> 24).to(torch.int8)]
+
+
 def transposed(bits: int, words: Tensor, scales: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A whole word matrix, unpacked: `(K', N' / L, L)`. (Compiled, it would be three times as slow if it joined the rows itself.)"""
+    """A whole word matrix, unpacked: `(K', N' / L, L)`; at 8 bits to int8, without its scales.
+
+    (Compiled, it would be three times as slow if it joined the rows itself.)
+    """
+    if dtype == torch.int8:
+        return join_columns([p.transpose(0, 1) for p in integers(words)], bits, 0)
     if bits == 8:
         scales = scales.view(-1, 1, LANES)
     return join_columns([p.to(dtype).transpose(0, 1) for p in unpacked(words, scales, bits)], bits, 0)
@@ -179,6 +190,10 @@ class PackedMatrix(nn.Module):
     def transposed(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix, unpacked: `(K, N)`."""
         return self.unpack(self.words, self.scales, dtype).flatten(1)[: self.n_columns, : self.n_rows]
+
+    def integers(self) -> Tensor:
+        """The matrix at 8 bits without its scales, padded: `(K', N')` int8."""
+        return self.unpack(self.words, self.scales, torch.int8).flatten(1)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows `index (...)` int64, unpacked: `(..., K)` fp32."""

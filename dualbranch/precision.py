@@ -2,43 +2,60 @@
 
 `quantize(model, "int8")`, or by part: `quantize(model, "slow=int8,fast=int4,head=int8")`. Rounding is to nearest, per row at 8 bits and in groups of 32
 columns at 4; norms, biases and the gate stay as they are. Plain "int4" leaves embedding and head at 8 bits: at 4 they cost SmolLM2-135M 6.8 % of
-perplexity, all other matrices together nothing (they come from 4 bits). The matrices and their products are `packed.py`'s.
+perplexity, all other matrices together nothing (they come from 4 bits). The matrices and their products are `packed.py`'s. "int8-dynamic" is int8 whose
+feed-forwards round activations too where many tokens go through together (`dynamic.py`): prompts are read sooner.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
+from dualbranch.block import Branch
+from dualbranch.dynamic import CALIBRATION_TEXT, DynamicFeedForward, smooth
 from dualbranch.layers import ScaledEmbedding
 from dualbranch.model import DualBranchModel
 from dualbranch.packed import PackedEmbedding, PackedLinear
 
-BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
+if TYPE_CHECKING:
+    from dualbranch.tokenizer import TokenizerBase
+
+DYNAMIC = "int8-dynamic"
+BITS = {"fp32": 32, "bf16": 16, "int8": 8, DYNAMIC: 8, "int4": 4}
 #: What may have a precision of its own: the slow branch with the K/V projections, the fast branch, and embedding with head.
 PARTS = ("slow", "fast", "head")
 
 
-def parse_precision(text: str) -> dict[str, int]:
-    """`"int8"` or `"slow=int8,fast=int4"` to bits per part; parts not named stay at 32. Raises ValueError, naming what is known."""
+def parse_precision(text: str) -> dict[str, str]:
+    """`"int8"` or `"slow=int8,fast=int4"` to a name of `BITS` per part; parts not named stay in fp32. Raises ValueError, naming what is known."""
     if not isinstance(text, str):
         raise ValueError(f"precision is {text!r}, needed a text such as int8")
     if "=" not in text:
-        text = f"slow={text},fast={text},head={'int8' if text.strip() == 'int4' else text}"
-    bits = dict.fromkeys(PARTS, 32)
+        text = f"slow={text},fast={text},head={'int8' if text.strip() in ('int4', DYNAMIC) else text}"
+    names = dict.fromkeys(PARTS, "fp32")
     for item in text.split(","):
         part, _, name = (x.strip() for x in item.partition("="))
         if part not in PARTS or name not in BITS:
             raise ValueError(f"precision {name or item!r} is unknown; write one of {', '.join(BITS)}, or PART=..., for the parts {', '.join(PARTS)}")
-        bits[part] = BITS[name]
-    return bits
+        if name == DYNAMIC and part == "head":
+            raise ValueError(f"precision {item.strip()!r}: the head multiplies one token at a time, and {DYNAMIC} is for many; write head=int8")
+        names[part] = name
+    return names
 
 
-def quantize(model: DualBranchModel, precision: str) -> DualBranchModel:
-    """`model`, its matrices packed at `precision`: for inference only. Mutates and returns it.
+def quantize(model: DualBranchModel, precision: str, tok: TokenizerBase | None = None) -> DualBranchModel:
+    """`model`, its matrices packed at `precision`: for inference only. Mutates and returns it. `tok`, its tokenizer, is needed for int8-dynamic alone.
 
-    Raises ValueError for an unknown precision, and a model whose matrices are packed already.
+    Raises ValueError for an unknown precision, a model whose matrices are packed already, and int8-dynamic without a tokenizer.
     """
+    dynamic = [part for part, name in parse_precision(precision).items() if name == DYNAMIC]
+    if dynamic and model.precision == "fp32":
+        if tok is None:
+            raise ValueError(f"{DYNAMIC} reads a text to find large channels: quantize(model, {precision!r}, tokenizer)")
+        n = min(model.config.max_seq_len, 512)
+        smooth(model, dynamic, torch.tensor([[tok.bos_id, *tok.encode(CALIBRATION_TEXT)][:n]], device=model.device))
     return _replace_matrices(model, precision, keep_values=True)
 
 
@@ -64,7 +81,8 @@ def unpack_branches(model: DualBranchModel) -> DualBranchModel:
 
 @torch.no_grad()
 def _replace_matrices(model: DualBranchModel, precision: str, keep_values: bool) -> DualBranchModel:
-    bits = parse_precision(precision)
+    names = parse_precision(precision)
+    bits = {part: BITS[name] for part, name in names.items()}
     if model.precision != "fp32":
         raise ValueError(f"this model is at precision {model.precision} already; quantize the one it was made from")
     if set(bits.values()) == {32}:
@@ -75,6 +93,8 @@ def _replace_matrices(model: DualBranchModel, precision: str, keep_values: bool)
         for module, part in ((block.kv, "slow"), (block.slow, "slow"), (block.fast, "fast")):
             if module is not None:
                 _pack_linears(module, bits[part], keep_values)
+            if isinstance(module, Branch) and names[part] == DYNAMIC:
+                module.ff = DynamicFeedForward(module.ff)
     if bits["head"] < 32:
         if model.head is not None:
             model.head = _packed_linear(model.head, bits["head"], keep_values)

@@ -110,6 +110,12 @@ def read_bytes(path: Path, limit: int) -> bytes:
     return path.read_bytes()
 
 
+def link_root(folder: Path) -> Path:
+    """How far links in a downloaded folder may lead: the folder itself, or the repository's part of a download cache that it is a snapshot in."""
+    cached = folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir()
+    return folder.parents[1] if cached else folder
+
+
 def check_inside(folder: Path, path: Path) -> None:
     """`path` is a regular file, and not by way of a link out of `folder`."""
     try:

@@ -23,6 +23,7 @@ from typing import Any
 
 import tokenizers
 
+from dualbranch.storage import check_inside, link_root
 from dualbranch.tokenizer import CONTROL_TOKENS, Tokenizer, TokenizerBase, check_text, load_processor, piece_bytes
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -173,7 +174,10 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerBase:
     """
     path = Path(path)
     folder, names = (path, FILES) if path.is_dir() else (path.parent, (path.name, "tokenizer_config.json"))
-    files = {name: _read(folder / name) for name in (*names, "chat_template.jinja") if (folder / name).is_file()}
+    found = [folder / name for name in (*names, "chat_template.jinja") if (folder / name).is_file()]
+    for file in found:
+        check_inside(link_root(folder), file)
+    files = {file.name: _read(file) for file in found}
     return tokenizer_from_files(files, str(path))
 
 
@@ -285,7 +289,7 @@ def gguf_fields(tokenizer: TokenizerBase) -> dict[str, Any]:
 
 def hf_files(tokenizer: TokenizerBase) -> dict[str, bytes]:
     """The files of a Hugging Face folder that make `transformers` build this tokenizer: a `tokenizer.json`, made out of a `tokenizer.model` where
-    there is none (one of type BPE), and a `tokenizer_config.json`."""
+    there is none (one of type BPE), and a `tokenizer_config.json`. Raises ValueError where a `tokenizer.json` would cut texts otherwise."""
     files = dict(tokenizer.files())
     config = _hf_config(tokenizer)
     if "tokenizer.json" not in files and _is_bpe(files["tokenizer.model"]):
@@ -597,6 +601,8 @@ def _fallback_json(content: bytes, adds_space: bool, start_ids: Sequence[int]) -
     score = {text: s for text, s, kind in pieces if kind == _NORMAL}
     merges = [(text[:k], text[k:]) for text in score for k in range(1, len(text)) if text[:k] in score and text[k:] in score]
     merges.sort(key=lambda pair: -score["".join(pair)])  # stable: shorter first parts first
+    if adds_space and any(kind == _USER_DEFINED for _, _, kind in pieces):  # a tokenizer.json would put the space before those pieces too
+        raise ValueError("this sentencepiece model adds a space to texts and has pieces of a user's own: no tokenizer.json is equal to it; export to gguf")
     special = [(i, text, kind in (_CONTROL, _UNKNOWN)) for i, (text, _, kind) in enumerate(pieces) if kind in (_CONTROL, _UNKNOWN, _USER_DEFINED)]
     start = [{"SpecialToken": {"id": pieces[i][0], "type_id": 0}} for i in start_ids]
     starts = {pieces[i][0]: {"id": pieces[i][0], "ids": [i], "tokens": [pieces[i][0]]} for i in start_ids}
@@ -608,8 +614,8 @@ def _fallback_json(content: bytes, adds_space: bool, start_ids: Sequence[int]) -
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": text.replace(_SPACE, " ") if not control else text, "special": control}
-            | {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+            {"id": i, "content": text, "special": control}
+            | {"single_word": False, "lstrip": False, "rstrip": False, "normalized": not control}  # others are sought where spaces are _SPACE already
             for i, text, control in special
         ],
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _SPACE}, space]} if adds_space else space,

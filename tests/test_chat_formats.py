@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from public_models import FAMILIES, tokenizer_of, write_folder, write_gguf
+from public_models import FAMILIES, QWEN3, QWEN25, tokenizer_of, write_folder, write_gguf
 
 from dualbranch import generate, load
 from dualbranch.chat import chat_format, render_example, render_messages, render_prompt, split_reply
@@ -40,6 +40,37 @@ def test_prompts_equal_the_template_run_by_transformers(tmp_path, family, messag
     if thinking is not None:
         without = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, enable_thinking=False)
         assert [*ids, *thinking.skip] == without
+
+
+BOXED = "Reason step by step, and put your final answer within \\\\boxed{}."
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        QWEN25.replace("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", BOXED),
+        QWEN25.replace("You are Qwen", "It\\'s Qwen < 3 | {7}"),
+        QWEN25.replace("'<|im_start|>system\\nYou are", '"<|im_start|>system\\nIt\'s').replace("assistant.<|im_end|>\\n'", 'assistant.<|im_end|>\\n"'),
+        "<|im_start|>system\nIt's {a} \"plain\" text\nof two lines<|im_end|>\n{% for" + QWEN25.partition("{%- for")[2],
+    ],
+    ids=["boxed", "escaped", "double quotes", "outside"],
+)
+def test_the_default_system_message_is_the_templates(template):
+    jinja2 = pytest.importorskip("jinja2", reason="comes with transformers, a test dependency")
+    tok = tokenizer_of("qwen2.5")
+    tok.chat_template = template
+    written = jinja2.Template(template, keep_trailing_newline=True).render(messages=[USER], add_generation_prompt=True)
+    assert written.startswith("<|im_start|>system\n")
+    assert tok.decode(render_prompt(tok, [USER]), skip_control=False) == written
+
+
+def test_a_model_whose_template_opens_the_reasoning_thinks():
+    tok = tokenizer_of("qwen3")
+    tok.chat_template = QWEN3[: QWEN3.index("{%- if add_generation_prompt")] + "{{- '<|im_start|>assistant\\n<think>\\n' }}"
+    thinking = chat_format(tok).thinking
+    assert tok.decode(thinking.open, skip_control=False) == "<think>\n"
+    reply = split_reply(tok, [*thinking.open, *tok.encode("let me see"), *tok.encode("\n"), *thinking.close, *tok.encode("42"), tok.end_id])
+    assert (reply.reasoning.strip(), reply.answer, reply.thought) == ("let me see", "42", True)
 
 
 def test_formats_are_recognised_and_unknown_ones_are_said():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dualbranch.checkpoint import load_checkpoint, save_checkpoint
 from dualbranch.packed import FEW, GROUP, PackedEmbedding, PackedLinear, PackedMatrix, halves, join_halves, multiply
-from dualbranch.precision import parse_precision, quantize
+from dualbranch.precision import BITS, parse_precision, quantize
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 100))
 
@@ -115,9 +115,10 @@ def test_a_machine_with_longer_registers_reads_the_same_weights(bits, monkeypatc
 
 
 def test_precision_by_part():
-    assert parse_precision("int8") == {"slow": 8, "fast": 8, "head": 8}
-    assert parse_precision("int4") == {"slow": 4, "fast": 4, "head": 8}
-    assert parse_precision("slow=bf16, fast=int4") == {"slow": 16, "fast": 4, "head": 32}
+    assert parse_precision("int8") == {"slow": "int8", "fast": "int8", "head": "int8"}
+    assert parse_precision("int4") == {"slow": "int4", "fast": "int4", "head": "int8"}
+    assert parse_precision("slow=bf16, fast=int4") == {"slow": "bf16", "fast": "int4", "head": "fp32"}
+    assert parse_precision("int8-dynamic") == {"slow": "int8-dynamic", "fast": "int8-dynamic", "head": "int8"}
     for wrong in ("int3", "slow=int3", "medium=int8", "", "slow=", None):
         with pytest.raises(ValueError, match="precision"):
             parse_precision(wrong)
@@ -126,7 +127,7 @@ def test_precision_by_part():
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4", "slow=int8,fast=int4,head=bf16"])
 def test_a_quantized_model_is_the_model_with_rounded_matrices(precision, monkeypatch):
     monkeypatch.setattr("dualbranch.packed.has_bf16_units", lambda device: False)  # nothing else is rounded
-    bits, tokens = parse_precision(precision), torch.arange(40)[None]
+    bits, tokens = {part: BITS[name] for part, name in parse_precision(precision).items()}, torch.arange(40)[None]
     model, plain = quantize(make_tiny_model(400), precision), make_tiny_model(400)
     with torch.no_grad():
         for name, p in plain.named_parameters():

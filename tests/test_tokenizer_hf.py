@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 
 import pytest
 import sentencepiece
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from public_models import FAMILIES, pieces_of, tokenizer_of, write_folder
 
 from dualbranch.chat import chat_format, render_prompt
+from dualbranch.storage import CheckpointError
 from dualbranch.tokenizer import Tokenizer
-from dualbranch.tokenizer_hf import SentencePieceTokenizer, load_tokenizer, tokenizer_from_files, tokenizer_from_gguf, with_thinking
+from dualbranch.tokenizer_hf import SentencePieceTokenizer, hf_files, load_tokenizer, tokenizer_from_files, tokenizer_from_gguf, with_thinking
 
 TEXTS = [
     "",
@@ -134,6 +136,28 @@ def test_foreign_sentencepiece_models_round_trip_without_their_added_space(tmp_p
     assert again.hash == tok.hash and again.encode("the sum") == tok.encode("the sum") and again.start_ids == (tok.control["<s>"],)
     ours = make_tiny_tokenizer()
     assert isinstance(tokenizer_from_files({"tokenizer.model": ours.model_bytes}), Tokenizer)
+
+
+def test_a_sentencepiece_model_with_pieces_of_spaces_equals_its_tokenizer_json(tmp_path):
+    tok = SentencePieceTokenizer(spm_model(tmp_path, add_dummy_prefix=False, user_defined_symbols=["▁▁", "▁▁▁", "<b>", "\n\n"]), {"bos_token": "<s>"})
+    again = tokenizer_from_files({name: content for name, content in hf_files(tok).items() if name != "tokenizer.model"})
+    assert again.vocab_size == tok.vocab_size
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "".join(rng.choice(["the", " ", "  ", "   ", "sum", "<b>", "\n", "\n\n", "等于", "x"]) for _ in range(rng.randrange(12)))
+        assert again.encode(text) == tok.encode(text), text
+    with pytest.raises(ValueError, match="export to gguf"):
+        hf_files(SentencePieceTokenizer(spm_model(tmp_path, add_dummy_prefix=True, user_defined_symbols=["<b>"]), {"bos_token": "<s>"}))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_tokenizer_files_are_not_followed_out_of_their_folder(tmp_path, name):
+    write_folder(tmp_path / "m", "smollm2")
+    (tmp_path / "m" / name).unlink(missing_ok=True)
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "m" / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=f"{name}: a link out"):
+        load_tokenizer(tmp_path / "m")
 
 
 def test_a_sentencepiece_model_out_of_gguf_equals_the_model_itself(tmp_path):

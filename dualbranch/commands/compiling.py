@@ -13,18 +13,20 @@ from dualbranch.cli import add_model
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--precision", metavar="P", help="as it will be run: int8, int4, bf16, fp32, or by part (default: as stored, int8 for what is in fp32)")
+    what = "as it will be run: int8, int8-dynamic, int4, bf16, fp32, or by part (default: as stored, int8 for what is in fp32)"
+    parser.add_argument("--precision", metavar="P", help=what)
 
 
 def run(args: argparse.Namespace) -> int:
     from dualbranch.compiled import build
     from dualbranch.precision import quantize
 
-    model, console = load(args.model, accept_terms=args.accept_gemma_terms).model, Console(stderr=True)
+    loaded, console = load(args.model, accept_terms=args.accept_gemma_terms), Console(stderr=True)
+    model = loaded.model
     stored = model.precision
     precision = args.precision or ("int8" if stored == "fp32" else stored)
     if precision != stored:
-        quantize(model, precision)
+        quantize(model, precision, loaded.tokenizer)
     started = time.perf_counter()
     with console.status("compiling") as status:
         build(model, status.update if console.is_terminal else console.print)

@@ -57,7 +57,7 @@ def load_rounded(args: argparse.Namespace) -> LoadedModel:
 
     loaded = load(args.model, accept_terms=args.accept_gemma_terms)
     if args.precision != "fp32":
-        quantize(loaded.model, args.precision)
+        quantize(loaded.model, args.precision, loaded.tokenizer)
     keep_freed_memory()
     return loaded
 

@@ -11,7 +11,8 @@ from dualbranch.cli import add_model
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--precision", default="int8", metavar="P", help="bf16, int8 or int4, or by part: slow=int8,fast=int4,head=int8 (default: %(default)s)")
+    what = "bf16, int8, int8-dynamic or int4, or by part: slow=int8,fast=int4,head=int8 (default: %(default)s)"
+    parser.add_argument("--precision", default="int8", metavar="P", help=what)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the checkpoint goes; may not exist yet, or be empty")
 
 
@@ -21,10 +22,10 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; give a folder that doesn't, or an empty one")
-    if set(parse_precision(args.precision).values()) == {32}:
-        raise ValueError("precision fp32 is what a model has; give bf16, int8 or int4")
+    if set(parse_precision(args.precision).values()) == {"fp32"}:
+        raise ValueError("precision fp32 is what a model has; give bf16, int8, int8-dynamic or int4")
     found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms)
-    save_checkpoint(out, quantize(found.model, args.precision), found.tokenizer, found.extra)
+    save_checkpoint(out, quantize(found.model, args.precision, found.tokenizer), found.tokenizer, found.extra)
     size, n_params = (out / "model.safetensors").stat().st_size, found.model.cost("slow").params
     print(f"{out}: {args.precision}, {size / 1e6:,.1f} MB of weights; in fp32 they take {4e-6 * n_params:,.1f} MB")
     return 0

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dualbranch.convert import families
 from dualbranch.model import DualBranchModel
-from dualbranch.storage import MAX_JSON, PICKLE_SUFFIXES, CheckpointError, check_inside, parse_json, read_bytes
+from dualbranch.storage import MAX_JSON, PICKLE_SUFFIXES, CheckpointError, check_inside, link_root, parse_json, read_bytes
 from dualbranch.tensor_file import read_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -78,7 +78,7 @@ def read_folder(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, La
     for shard in shards:
         if "/" in shard or "\\" in shard or "\0" in shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{folder / INDEX}: {shard!r} is not the name of a safetensors file in this folder")
-        check_inside(_root(folder), folder / shard)
+        check_inside(link_root(folder), folder / shard)
     tensors = {}
     for shard in shards:
         found = _tensors_of(folder, shard)
@@ -99,14 +99,8 @@ def load_model(folder: str | os.PathLike, dtype: torch.dtype = torch.float32, ma
         raise CheckpointError(f"{folder}: {error}") from error
 
 
-def _root(folder: Path) -> Path:
-    """How far links may lead: the folder itself, or the repository's part of a download cache that it is a snapshot in."""
-    cached = folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir()
-    return folder.parents[1] if cached else folder
-
-
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    check_inside(_root(folder), folder / name)
+    check_inside(link_root(folder), folder / name)
     values = parse_json(folder / name, read_bytes(folder / name, MAX_JSON))
     if not isinstance(values, dict):
         raise CheckpointError(f"{folder / name}: not a JSON object")
@@ -115,5 +109,5 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 def _tensors_of(folder: Path, name: str) -> dict[str, LazyTensor]:
     path = folder / name
-    check_inside(_root(folder), path)
+    check_inside(link_root(folder), path)
     return {tensor: LazyTensor(path, tensor, entry.dtype, entry.shape) for tensor, entry in read_header(path).items()}
