@@ -49,6 +49,7 @@ from dualbranch.text_eval import cut_windows, read_text
 from kernels import has_bf16_units
 
 MODEL, DUAL = "smollm2-135m-instruct", "runs/smollm2-135m"
+PRECISIONS = ["fp32", "int8", "int8-dynamic", "int4"]
 #: Largest |log(perplexity / ours)| of engines with our slow route's weights, by precision; of others it is `ROUNDED`.
 TOLERANCE, ROUNDED = {"fp32": 0.005, "bf16": 0.05, "int8": 0.05, "q8_0": 0.05}, 0.7
 #: Largest difference between logits of decoding and of one pass, in their standard deviations: where activations stay in fp32 (at fp32; ours always, on CPUs
@@ -301,7 +302,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", nargs="?", default=MODEL, help="the slow route's model, which peers run too (default: %(default)s)")
     parser.add_argument("--dual", metavar="MODEL", help=f"a dual-branch model made of it, for routes fast and auto (default: {DUAL} if it is there)")
     parser.add_argument("--budget", type=float, default=0.3, help="of route auto (default: %(default)s)")
-    parser.add_argument("--precision", nargs="+", default=["fp32", "int8", "int4"], help="of ours, as in dualbranch/precision.py (default: fp32 int8 int4)")
+    parser.add_argument("--precision", nargs="+", default=PRECISIONS, help=f"of ours (default: {' '.join(PRECISIONS)})")
     parser.add_argument("--eager", action="store_true", help="ours without compiled blocks: where there is no C++ compiler")
     parser.add_argument("--engines", nargs="+", metavar="NAME", help=f"libraries ({', '.join(ADAPTERS)}) or engines by their full name; default: all")
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512, 2048, 8192], help="tokens; shortened where the model's context asks for it")

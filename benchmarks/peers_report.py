@@ -190,7 +190,9 @@ def write(result: Mapping[str, Any], out: str) -> None:
 
 #: Markers by library (ours: by route), colours by precision; hollow: ours, uncompiled.
 MARKERS = {"slow": "o", "fast": "v", "auto": "D", "llama.cpp": "s", "transformers": "^"}
-COLORS = {"fp32": plots.BLACK, "bf16": plots.GREEN, "int8": plots.BLUE, "int4": plots.RED, "q8_0": plots.SKY, "q4_1": plots.ORANGE}
+COLORS = {
+    "fp32": plots.BLACK, "bf16": plots.GREEN, "int8": plots.BLUE, "int8-dynamic": plots.PURPLE, "int4": plots.RED, "q8_0": plots.SKY, "q4_1": plots.ORANGE
+}  # fmt: skip
 
 
 def quality_plot(path: Path, result: Mapping[str, Any]) -> str | None:
@@ -208,7 +210,7 @@ def quality_plot(path: Path, result: Mapping[str, Any]) -> str | None:
             if row is None:
                 continue
             marker = MARKERS.get(e["route"] if e["library"] == "ours" else e["library"], "P")
-            color, speed = COLORS.get(e["precision"], plots.PURPLE), row["tokens_per_s"]
+            color, speed = COLORS.get(e["precision"], plots.YELLOW), row["tokens_per_s"]
             error = [[speed["median"] - speed["low"]], [speed["high"] - speed["median"]]]
             style = {"linestyle": "", "markersize": 6, "elinewidth": 0.8, "markerfacecolor": "none" if e["engine"].endswith("eager") else color}
             lines[e["engine"]] = ax.errorbar(e["perplexity"], speed["median"], yerr=error, color=color, marker=marker, **style)
