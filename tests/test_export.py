@@ -38,11 +38,12 @@ CASES = {
     "qwen3": ("qwen3", {"qk_norm": True, "rope_scaling": RopeScaling("linear", 2.0)}),
     "phi3 partial": ("phi3", {"rotary_dim": 8}),
     "phi3 longrope": ("phi3", {"rotary_dim": 8, "rope_scaling": LONGROPE, "max_seq_len": 32, "tie_embeddings": False}),
+    "phi3 window": ("phi3", {"sliding_layers": (0, 1, 2), "sliding_window": 9}),
     "gemma3": ("gemma3_text", GEMMA | {"rope_scaling": RopeScaling("linear", 8.0), "logit_softcap": 5.0}),
     "gemma3 scale": ("gemma3_text", GEMMA | {"attn_scale": 5**-0.5}),
 }
 #: what GGUF can't say, and the field it is refused by
-NOT_IN_GGUF = {"qwen2 window": "sliding_layers", "gemma3 scale": "attn_scale"}
+NOT_IN_GGUF = {"qwen2 window": "sliding_layers", "phi3 window": "sliding_layers.* phi3", "gemma3 scale": "attn_scale"}
 
 
 def random_model(config: DualBranchConfig, seed: int = 0) -> DualBranchModel:
