@@ -229,6 +229,10 @@ def test_a_real_config_of_each_family_is_understood():
     llama = {"rope_theta": 500_000.0, "max_position_embeddings": 131_072, "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192}}
     c = families.config_of({"model_type": "llama", **sizes, **llama, "head_dim": None, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}})
     assert (c.head_dim, c.rope_theta, c.rope_scaling.kind, c.tie_embeddings) == (128, 500_000.0, "llama3", False)
+    yarn = {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}}
+    for context, expected in ((32_768, 131_072), (40_960, 131_072), (200_000, 200_000)):  # Qwen2.5's card adds it and leaves the context as it was
+        qwen = {"model_type": "qwen2", **sizes, "max_position_embeddings": context, **yarn}
+        assert families.config_of(qwen).max_seq_len == expected and families.config_of(qwen, 100_000).max_seq_len == 100_000
     c = families.config_of({"model_type": "gemma3_text", **sizes, "head_dim": 256})
     assert (c.sliding_window, c.sliding_rope_theta, c.rope_theta, c.tie_embeddings, c.activation) == (4096, 1e4, 1e6, True, "geglu")
     assert c.sliding_layers == (0, 1, 2, 3) and c.embed_scale == 3072**0.5 and c.post_norms and c.qk_norm

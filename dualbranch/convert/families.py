@@ -129,8 +129,6 @@ def _rope(s: Settings, params: Settings | None, common: dict[str, Any], max_seq_
     """Rotary arguments, and the context: `params` is a rope_scaling or rope_parameters mapping. Follows transformers' reading of old and new files."""
     params = params or Settings({})
     context = s.integer("max_position_embeddings", LIMITS["max_seq_len"])
-    if max_seq_len is not None and not 1 <= max_seq_len <= context:
-        raise ValueError(f"max_seq_len was asked to be {max_seq_len}; this model was made for at most {context} tokens")
     share = params.number("partial_rotary_factor", high=1.0, default=s.number("partial_rotary_factor", high=1.0, default=1.0))
     n_rotary = int(common["head_dim"] * share)
     if n_rotary % 2 or n_rotary < 2:
@@ -150,6 +148,7 @@ def _rope(s: Settings, params: Settings | None, common: dict[str, Any], max_seq_
     elif kind == "llama3":
         scaling |= {name: params.number(name, high=1e6) for name in ("low_freq_factor", "high_freq_factor")}
     elif kind == "yarn":
+        context = max(context, round(scaling["factor"] * original))  # switched on by hand, it stands beside the context of before
         scaling |= {"beta_fast": params.number("beta_fast", default=32.0), "beta_slow": params.number("beta_slow", default=1.0)}
         scaling["truncate"] = params.get("truncate") is None or params.flag("truncate")
         if params.get("mscale") and params.get("mscale_all_dim"):
@@ -167,6 +166,8 @@ def _rope(s: Settings, params: Settings | None, common: dict[str, Any], max_seq_
         raise params.bad("rope_type", "one of default, linear, llama3, yarn, longrope")
     if kind in ("yarn", "longrope") and params.get("attention_factor") is not None:
         scaling["attention_factor"] = params.number("attention_factor", high=1e3)
+    if max_seq_len is not None and not 1 <= max_seq_len <= context:
+        raise ValueError(f"max_seq_len was asked to be {max_seq_len}; this model was made for at most {context} tokens")
     theta = params.number("rope_theta", low=1.0, default=s.number("rope_theta", low=1.0, default=10_000.0))
     return {
         "rope_theta": theta,
