@@ -229,7 +229,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str = "GGUF") -> To
             config[name] = pieces[i]
             if key in ("bos", "eos"):  # whatever the converter called it
                 types[i] = _CONTROL
-    pre = metadata.get("tokenizer.ggml.pre", "default")
+    pre = get("pre", str, "default")
     config["add_bos_token"] = get("add_bos_token", bool, model == "llama" or pre in _LLAMA3)
     if not isinstance(config["chat_template"], str):
         config["chat_template"] = None
@@ -407,8 +407,8 @@ def _byte_level_json(pieces: Sequence[str], types: Sequence[int], merges: Sequen
         for i, (piece, kind) in enumerate(zip(pieces, types, strict=True))
         if kind in (_CONTROL, _USER_DEFINED)
     ]
-    pairs = [merge.split(" ", 1) for merge in merges]
-    if any(len(pair) != 2 or "" in pair for pair in pairs):
+    pairs = [merge.split(" ", 1) for merge in merges if isinstance(merge, str)]
+    if len(pairs) < len(merges) or any(len(pair) != 2 or "" in pair for pair in pairs):
         raise ValueError(f"{source}: metadata field tokenizer.ggml.merges holds an entry that isn't two tokens")
     spec = {
         "version": "1.0",

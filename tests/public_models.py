@@ -104,6 +104,8 @@ def write_gguf(path, arch: str = "llama", quant: str = "F32", seed: int = 0, fam
             w.add_string(f"{arch}.{key}", value)
         elif isinstance(value, float):
             w.add_float32(f"{arch}.{key}", value)
+        elif isinstance(value, list):
+            w.add_array(f"{arch}.{key}", value)
         elif value is not None:
             w.add_uint32(f"{arch}.{key}", value)
     w.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
