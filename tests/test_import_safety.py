@@ -66,7 +66,7 @@ LIES = [
     {"num_hidden_layers": 10**9}, {"num_hidden_layers": 400}, {"hidden_size": 2048}, {"hidden_size": 32_768}, {"vocab_size": 10**12}, {"hidden_size": 24.0},
     {"hidden_size": True}, {"hidden_size": None}, {"num_key_value_heads": 3}, {"num_attention_heads": 0}, {"head_dim": 7}, {"rms_norm_eps": "small"},
     {"rms_norm_eps": float("nan")}, {"rope_theta": float("inf")}, {"rope_theta": 10**400}, {"rope_scaling": [1]}, {"hidden_act": "relu"}, {"hidden_act": []},
-    {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": "x"}},
+    {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, {"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": "x"}},
     {"attention_bias": True}, {"tie_word_embeddings": "yes"}, {"max_position_embeddings": 2**40}, {"model_type": "mamba"}, {"model_type": {}},
     {"quantization_config": {"bits": 4}},
 ]  # fmt: skip
@@ -87,7 +87,7 @@ def test_a_config_that_lies_is_refused_by_field(tmp_path, change):
     elif change == {"hidden_size": 32_768}:
         refused(tmp_path, "head_dim is 8192")
     else:
-        refused(tmp_path, "config: ", "rope_type" if "dynamic" in str(change) else next(iter(change)))
+        refused(tmp_path, "config: ", "rope_type is 'dynamic'" if "dynamic" in str(change) else next(iter(change)))
 
 
 @pytest.mark.parametrize("change", GEMMA_LIES, ids=str)

@@ -163,7 +163,7 @@ def _rope(s: Settings, params: Settings | None, common: dict[str, Any], max_seq_
         scaling["factor"] = max(1.0, scaling["factor"])
         context = original if max_seq_len is None else context  # within it the short factors serve every prompt, as transformers has it
     elif kind != "none":
-        raise params.bad("rope_type", "one of default, linear, llama3, yarn, longrope")
+        raise params.bad("rope_type", "one of default, linear, llama3, yarn, longrope", kind)
     if kind in ("yarn", "longrope") and params.get("attention_factor") is not None:
         scaling["attention_factor"] = params.number("attention_factor", high=1e3)
     if max_seq_len is not None and not 1 <= max_seq_len <= context:
@@ -305,8 +305,9 @@ def _gemma3(s: Settings, common: dict[str, Any]) -> dict[str, Any]:
     if by_kind and params is local is None:
         raise s.bad("rope_parameters", "full_attention and sliding_attention in it")
     local = local or Settings({})
-    if (local.get("rope_type") or local.get("type") or "default") != "default":
-        raise local.bad("rope_type", "default: the rotary embedding of sliding-window layers is not scaled")
+    kind = local.get("rope_type") or local.get("type") or "default"
+    if kind != "default":
+        raise local.bad("rope_type", "default: the rotary embedding of sliding-window layers is not scaled", kind)
     out = {"qk_norm": True, "post_norms": True, "embed_scale": common["d_model"] ** 0.5, "activation": _activation(s, "hidden_activation")}
     out |= _rope(s, params, common, common["max_seq_len"])
     scale = s.number("query_pre_attn_scalar", high=1e6) ** -0.5
