@@ -219,6 +219,15 @@ def test_shards_bf16_and_files_of_older_versions_are_read(tmp_path, pair):
     assert isinstance(families.build(multimodal, renamed), DualBranchModel)
 
 
+def test_rope_scaling_beside_rope_parameters_is_merged_as_transformers_does():
+    sliding, full = {"rope_type": "default", "rope_theta": 1000.0}, {"rope_type": "default", "rope_theta": 2000.0}
+    both = {"rope_parameters": {"sliding_attention": sliding, "full_attention": full}, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    settings = SIZES | MORE | GEMMA | both
+    ours = families.config_of({"model_type": "gemma3_text", **settings})
+    assert ours == families.config_of(transformers.Gemma3TextConfig(**copy.deepcopy(settings)).to_dict())
+    assert (ours.rope_scaling, ours.rope_theta, ours.sliding_rope_theta) == (families.RopeScaling("linear", 2.0), 2000.0, 1000.0)
+
+
 def test_a_real_config_of_each_family_is_understood():
     """The numbers of published config.json files, as far as they matter here."""
     sizes = {"vocab_size": 1000, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 24, "num_key_value_heads": 8}

@@ -300,10 +300,12 @@ def _gemma3(s: Settings, common: dict[str, Any]) -> dict[str, Any]:
     s.must_be_off("attention_bias", "use_bidirectional_attention")
     if s.get("attn_logit_softcapping") is not None:
         warnings.warn("attn_logit_softcapping has no effect: no Gemma 3 was trained with it, and transformers does not apply it either", stacklevel=4)
-    by_kind = s.section("rope_parameters")
-    params, local = (by_kind.section(name) for name in ("full_attention", "sliding_attention")) if by_kind else (s.section("rope_scaling"), None)
+    by_kind, scaling = s.section("rope_parameters"), s.section("rope_scaling")
+    params, local = (by_kind.section(name) for name in ("full_attention", "sliding_attention")) if by_kind else (None, None)
     if by_kind and params is local is None:
         raise s.bad("rope_parameters", "full_attention and sliding_attention in it")
+    if scaling:  # the older name; where both are, transformers puts it over the newer one
+        params = Settings({**(params.values if params else {}), **scaling.values}, path=scaling.path)
     local = local or Settings({})
     kind = local.get("rope_type") or local.get("type") or "default"
     if kind != "default":
