@@ -280,6 +280,8 @@ def gguf_fields(tokenizer: TokenizerBase) -> dict[str, Any]:
     for key, name in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
         if config.get(name) in pieces:
             out[f"{key}_token_id"] = pieces.index(config[name])
+    if tokenizer.start_ids:  # of a post-processor, where the config names no bos
+        out["bos_token_id"] = tokenizer.start_ids[0]
     return out | {"add_bos_token": bool(tokenizer.start_ids), "chat_template": config.get("chat_template")}
 
 

@@ -322,6 +322,16 @@ def test_tokenizers_go_through_gguf_metadata_unchanged(family):
         assert getattr(again, name) == getattr(tok, name), name
 
 
+def test_a_bos_that_only_the_post_processor_adds_goes_into_gguf_metadata():
+    bos, tok = "<|begin_of_text|>", public_models.tokenizer_of("llama3")
+    spec, whole = json.loads(tok.files()["tokenizer.json"]), {"Sequence": {"id": "A", "type_id": 0}}
+    starts = {bos: {"id": bos, "ids": [tok.control[bos]], "tokens": [bos]}}
+    single, pair = [{"SpecialToken": {"id": bos, "type_id": 0}}, whole], [whole, {"Sequence": {"id": "B", "type_id": 1}}]
+    spec["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": starts}
+    fields = tokenizer_hf.gguf_fields(tokenizer_hf.BPETokenizer(json.dumps(spec).encode(), {"eos_token": "<|eot_id|>"}))
+    assert fields["add_bos_token"] and fields["bos_token_id"] == tok.control[bos]
+
+
 def test_a_way_of_cutting_words_that_gguf_cannot_name_is_refused():
     files = TOK.files()
     spec = json.loads(files["tokenizer.json"])
