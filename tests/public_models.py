@@ -1,4 +1,5 @@
-"""Tiny public checkpoints for tests, written here: byte-level tokenizers with the special tokens and templates of well-known families, and GGUF files."""
+"""Tiny public checkpoints for tests, written here: byte-level tokenizers with the special tokens and templates of well-known families, and GGUF files;
+and Hugging Face folders as models, without their tokenizers."""
 
 from __future__ import annotations
 
@@ -6,7 +7,10 @@ import json
 
 import gguf
 import numpy as np
+import torch
 
+from dualbranch import DualBranchModel
+from dualbranch.convert import families, huggingface
 from dualbranch.tokenizer_hf import _BYTE_OF_CHAR, BPETokenizer, _byte_level_json
 
 CHATML_SMOLLM2 = (
@@ -84,6 +88,11 @@ def write_folder(folder, family: str) -> None:
     tok.save_files(folder)
     config = FAMILIES[family][2] | {"tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def import_folder(folder, dtype: torch.dtype = torch.float32, max_seq_len: int | None = None) -> DualBranchModel:
+    """The dense model in a Hugging Face folder."""
+    return families.build(*huggingface.read_folder(folder), dtype, max_seq_len)
 
 
 #: arch -> metadata beyond the common, and whether tensors beyond llama's exist

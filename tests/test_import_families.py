@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from public_models import import_folder
 
 from dualbranch import DualBranchConfig, DualBranchModel
 from dualbranch.accounting import total_params
@@ -81,7 +82,7 @@ def pair(tmp_path_factory):
         theirs.save_pretrained(folder)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "attn_logit_softcapping")
-            ours = huggingface.load_model(folder, max_seq_len=128 if name.endswith("long") else None)
+            ours = import_folder(folder, max_seq_len=128 if name.endswith("long") else None)
         return theirs, ours
 
     return get
@@ -168,9 +169,9 @@ def test_phi_reads_its_fused_tensors_in_the_right_order_and_scale_overrides_appl
 
 def test_longrope_is_imported_for_its_trained_length_unless_asked(tmp_path):
     make("phi3 longrope long").save_pretrained(tmp_path)
-    assert huggingface.load_model(tmp_path).config.max_seq_len == 16
+    assert import_folder(tmp_path).config.max_seq_len == 16
     with pytest.raises(ValueError, match="129; this model was made for at most 128"):
-        huggingface.load_model(tmp_path, max_seq_len=129)
+        import_folder(tmp_path, max_seq_len=129)
 
 
 @pytest.mark.parametrize("kind", ["llama3", "yarn", "longrope", "linear"])
@@ -202,12 +203,12 @@ def test_shards_bf16_and_files_of_older_versions_are_read(tmp_path, pair):
     t = tokens(1, 30)
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
-    assert torch.equal(huggingface.load_model(tmp_path / "shards").state_dict()["norm.weight"], ours.norm.weight)
-    assert torch.equal(huggingface.load_model(tmp_path / "shards")(t).logits, ours(t).logits)
+    assert torch.equal(import_folder(tmp_path / "shards").state_dict()["norm.weight"], ours.norm.weight)
+    assert torch.equal(import_folder(tmp_path / "shards")(t).logits, ours(t).logits)
     make("gemma3").to(torch.bfloat16).save_pretrained(tmp_path / "half")
     half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32, attn_implementation="eager")
-    assert_same(huggingface.load_model(tmp_path / "half")(t).logits, half(t).logits, "bf16 weights computed in fp32")
-    assert huggingface.load_model(tmp_path / "half", torch.bfloat16).dtype == torch.bfloat16
+    assert_same(import_folder(tmp_path / "half")(t).logits, half(t).logits, "bf16 weights computed in fp32")
+    assert import_folder(tmp_path / "half", torch.bfloat16).dtype == torch.bfloat16
     config, tensors = huggingface.read_folder(tmp_path / "shards")
     new = families.config_of(config)
     for key in ("rope_parameters", "layer_types", "tie_word_embeddings", "query_pre_attn_scalar", "hidden_activation"):
