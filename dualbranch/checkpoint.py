@@ -226,7 +226,7 @@ def _find_public(path_or_name: str | os.PathLike, runs: Path, accept_terms: bool
     from dualbranch.convert import delta, huggingface, names
 
     path, name = Path(path_or_name), str(path_or_name)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         return path
     known = name in names.PIP_MODELS
     is_run = bool(name) and not path.is_absolute() and (runs / path).exists() and not (known and dense)
@@ -317,9 +317,15 @@ def _find(path_or_name: str | os.PathLike, runs: Path) -> Path:
             pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
             if pickles:
                 raise CheckpointError(f"{folder / pickles[0]}: a pickle file can run code, it isn't read; give safetensors")
+            ggufs = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".gguf")
+            if ggufs:
+                raise CheckpointError(f"{folder}: not a checkpoint, but it holds GGUF files; give one of them: {', '.join(map(str, ggufs[:8]))}")
             raise CheckpointError(
                 f"{folder}: neither a checkpoint (no manifest.json) nor a run with one{_what_exists(runs)}"
             )
+    if path.is_file():
+        instead = f"its folder, {path.parent}" if path.suffix == ".safetensors" else "a checkpoint's folder or a .gguf file"
+        raise CheckpointError(f"{path}: a file that is no whole model; give {instead}")
     from dualbranch.convert.names import PIP_MODELS
 
     raise CheckpointError(f"{path}: no such checkpoint or run{_what_exists(runs)}; public models known by name: {', '.join(PIP_MODELS)}")

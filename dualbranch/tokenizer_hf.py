@@ -233,7 +233,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str = "GGUF") -> To
             config[name] = pieces[i]
             if key in ("bos", "eos"):  # whatever the converter called it
                 types[i] = _CONTROL
-    pre = metadata.get("tokenizer.ggml.pre", "default")
+    pre = get("pre", str, "default")
     config["add_bos_token"] = get("add_bos_token", bool, model == "llama" or pre in _LLAMA3)
     if not isinstance(config["chat_template"], str):
         config["chat_template"] = None
@@ -284,6 +284,8 @@ def gguf_fields(tokenizer: TokenizerBase) -> dict[str, Any]:
     for key, name in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
         if config.get(name) in pieces:
             out[f"{key}_token_id"] = pieces.index(config[name])
+    if tokenizer.start_ids:  # of a post-processor, where the config names no bos
+        out["bos_token_id"] = tokenizer.start_ids[0]
     return out | {"add_bos_token": bool(tokenizer.start_ids), "chat_template": config.get("chat_template")}
 
 
@@ -411,8 +413,8 @@ def _byte_level_json(pieces: Sequence[str], types: Sequence[int], merges: Sequen
         for i, (piece, kind) in enumerate(zip(pieces, types, strict=True))
         if kind in (_CONTROL, _USER_DEFINED)
     ]
-    pairs = [merge.split(" ", 1) for merge in merges]
-    if any(len(pair) != 2 or "" in pair for pair in pairs):
+    pairs = [merge.split(" ", 1) for merge in merges if isinstance(merge, str)]
+    if len(pairs) < len(merges) or any(len(pair) != 2 or "" in pair for pair in pairs):
         raise ValueError(f"{source}: metadata field tokenizer.ggml.merges holds an entry that isn't two tokens")
     spec = {
         "version": "1.0",

@@ -1,4 +1,5 @@
-"""Tiny public checkpoints for tests, written here: byte-level tokenizers with the special tokens and templates of well-known families, and GGUF files."""
+"""Tiny public checkpoints for tests, written here: byte-level tokenizers with the special tokens and templates of well-known families, and GGUF files;
+and Hugging Face folders as models, without their tokenizers."""
 
 from __future__ import annotations
 
@@ -6,7 +7,10 @@ import json
 
 import gguf
 import numpy as np
+import torch
 
+from dualbranch import DualBranchModel
+from dualbranch.convert import families, huggingface
 from dualbranch.tokenizer_hf import _BYTE_OF_CHAR, BPETokenizer, _byte_level_json
 
 CHATML_SMOLLM2 = (
@@ -86,6 +90,11 @@ def write_folder(folder, family: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
+def import_folder(folder, dtype: torch.dtype = torch.float32, max_seq_len: int | None = None) -> DualBranchModel:
+    """The dense model in a Hugging Face folder."""
+    return families.build(*huggingface.read_folder(folder), dtype, max_seq_len)
+
+
 #: arch -> metadata beyond the common, and whether tensors beyond llama's exist
 SIZES = {"d_model": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "d_ff": 96, "n_layers": 2}
 
@@ -104,6 +113,8 @@ def write_gguf(path, arch: str = "llama", quant: str = "F32", seed: int = 0, fam
             w.add_string(f"{arch}.{key}", value)
         elif isinstance(value, float):
             w.add_float32(f"{arch}.{key}", value)
+        elif isinstance(value, list):
+            w.add_array(f"{arch}.{key}", value)
         elif value is not None:
             w.add_uint32(f"{arch}.{key}", value)
     w.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)

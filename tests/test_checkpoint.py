@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from public_models import write_gguf
 
 from dualbranch.checkpoint import CHECKPOINT_FILES, load, load_checkpoint, newest_run, read_manifest, save_checkpoint
 from dualbranch.config import DualBranchConfig
@@ -513,6 +514,20 @@ def test_load_lists_what_exists_when_nothing_is_found(runs, tmp_path, monkeypatc
     monkeypatch.chdir(runs / "empty")
     with pytest.raises(CheckpointError, match="holds no finished run"):
         load("one")
+
+
+def test_load_says_what_to_give_instead_of_a_file_or_a_folder_of_gguf_files(saved, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "models").mkdir()
+    write_gguf(tmp_path / "models" / "m.GGUF")
+    for path, message in {
+        saved / "model.safetensors": f"model.safetensors: a file that is no whole model; give its folder, {saved}",
+        tmp_path / "notes.txt": "notes.txt: a file .* give a checkpoint's folder or a .gguf file",
+        tmp_path / "models": f"models: not a checkpoint, but it holds GGUF files; give one of them: {tmp_path / 'models' / 'm.GGUF'}",
+    }.items():
+        with pytest.raises(CheckpointError, match=message):
+            load(path)
+    assert load(tmp_path / "models" / "m.GGUF").model.config.is_dense
 
 
 def test_newest_run_is_the_one_whose_student_was_written_last(runs):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from public_models import tokenizer_of, write_folder
+from public_models import tokenizer_of, write_folder, write_gguf
 from safetensors.torch import save_file
 
 from dualbranch import load
@@ -294,6 +294,15 @@ def test_corpora_are_split_by_title_and_unknown_ones_refused():
         corpora.load_corpus("nowhere", "train")
     chapters = list(corpora.read_sanguo(json.dumps(["第一回 甲\n\n \n\t话说", " \n"]).encode()))
     assert chapters == [("第一回 甲", "第一回 甲\n话说\n")]
+
+
+def test_importing_gemma_in_half_precision_says_that_its_norms_are_rounded(tmp_path, capsys):
+    write_gguf(tmp_path / "m.gguf", "gemma3", family="gemma", overrides={"attention.sliding_window": 32})
+    for dtype, said in (("float32", False), ("bfloat16", True)):
+        assert cli(["import", str(tmp_path / "m.gguf"), "--out", str(tmp_path / dtype), "--dtype", dtype]) == 0
+        assert ("1 + w, rounded to bfloat16" in capsys.readouterr().out) == said
+    exact, rounded = (load(tmp_path / dtype).model.norm.weight for dtype in ("float32", "bfloat16"))
+    assert torch.equal(rounded, exact.bfloat16().float()) and not torch.equal(rounded, exact)
 
 
 def test_the_command_imports_and_evaluates(public, text_file, tmp_path, capsys):

@@ -38,11 +38,12 @@ CASES = {
     "qwen3": ("qwen3", {"qk_norm": True, "rope_scaling": RopeScaling("linear", 2.0)}),
     "phi3 partial": ("phi3", {"rotary_dim": 8}),
     "phi3 longrope": ("phi3", {"rotary_dim": 8, "rope_scaling": LONGROPE, "max_seq_len": 32, "tie_embeddings": False}),
+    "phi3 window": ("phi3", {"sliding_layers": (0, 1, 2), "sliding_window": 9}),
     "gemma3": ("gemma3_text", GEMMA | {"rope_scaling": RopeScaling("linear", 8.0), "logit_softcap": 5.0}),
     "gemma3 scale": ("gemma3_text", GEMMA | {"attn_scale": 5**-0.5}),
 }
 #: what GGUF can't say, and the field it is refused by
-NOT_IN_GGUF = {"qwen2 window": "sliding_layers", "gemma3 scale": "attn_scale"}
+NOT_IN_GGUF = {"qwen2 window": "sliding_layers", "phi3 window": "sliding_layers.* phi3", "gemma3 scale": "attn_scale"}
 
 
 def random_model(config: DualBranchConfig, seed: int = 0) -> DualBranchModel:
@@ -319,6 +320,16 @@ def test_tokenizers_go_through_gguf_metadata_unchanged(family):
         assert again.encode(text) == tok.encode(text)
     for name in ("control", "start_ids", "bos_id", "end_id", "pad_id", "stop_ids", "chat_template", "vocab_size"):
         assert getattr(again, name) == getattr(tok, name), name
+
+
+def test_a_bos_that_only_the_post_processor_adds_goes_into_gguf_metadata():
+    bos, tok = "<|begin_of_text|>", public_models.tokenizer_of("llama3")
+    spec, whole = json.loads(tok.files()["tokenizer.json"]), {"Sequence": {"id": "A", "type_id": 0}}
+    starts = {bos: {"id": bos, "ids": [tok.control[bos]], "tokens": [bos]}}
+    single, pair = [{"SpecialToken": {"id": bos, "type_id": 0}}, whole], [whole, {"Sequence": {"id": "B", "type_id": 1}}]
+    spec["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": starts}
+    fields = tokenizer_hf.gguf_fields(tokenizer_hf.BPETokenizer(json.dumps(spec).encode(), {"eos_token": "<|eot_id|>"}))
+    assert fields["add_bos_token"] and fields["bos_token_id"] == tok.control[bos]
 
 
 def test_a_way_of_cutting_words_that_gguf_cannot_name_is_refused():

@@ -91,6 +91,7 @@ def test_llama3_scaling_comes_back_from_its_divisors():
         ({"rope.dimension_count": 8}, ["rope.dimension_count"]),
         ({"attention.value_length": 32}, ["value_length"]),
         ({"rope.scaling.type": "secret"}, ["rope.scaling.type", "secret"]),
+        ({"rope.scaling.type": [1, 2]}, ["rope.scaling.type", "[1 2]"]),
         ({"feed_forward_length": None}, ["feed_forward_length", "missing"]),
     ],
 )
@@ -101,6 +102,24 @@ def test_metadata_that_lies_is_refused_by_name_within_a_second(tmp_path, overrid
         read_gguf(tmp_path / "m.gguf")
     assert time.process_time() - begin < 1
     assert all(word in str(error.value) for word in ["m.gguf", *named]), str(error.value)
+
+
+def test_a_rotary_factor_alone_is_linear_as_in_llama_cpp(tmp_path):
+    for factor, expected in ((4.0, {"rope_type": "linear", "factor": 4.0}), (0.0, None)):
+        write_gguf(tmp_path / "m.gguf", overrides={"rope.scaling.factor": factor})
+        assert read_gguf(tmp_path / "m.gguf").config["rope_scaling"] == expected
+
+
+def test_one_of_several_files_says_how_to_merge_them(tmp_path):
+    for n in range(2):
+        w = gguf.GGUFWriter(tmp_path / f"m-0000{n + 1}-of-00002.gguf", "llama")
+        w.add_uint16("split.no", n)
+        w.add_uint16("split.count", 2)
+        w.write_header_to_file()
+        w.write_kv_data_to_file()
+        w.close()
+        with pytest.raises(CheckpointError, match=rf"m-0000{n + 1}-of-00002\.gguf: one of the 2 files .* llama-gguf-split --merge"):
+            load(tmp_path / f"m-0000{n + 1}-of-00002.gguf")
 
 
 def test_unknown_rotary_factors_and_architectures_are_refused(tmp_path):

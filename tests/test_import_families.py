@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from public_models import import_folder
 
 from dualbranch import DualBranchConfig, DualBranchModel
 from dualbranch.accounting import total_params
@@ -81,7 +82,7 @@ def pair(tmp_path_factory):
         theirs.save_pretrained(folder)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "attn_logit_softcapping")
-            ours = huggingface.load_model(folder, max_seq_len=128 if name.endswith("long") else None)
+            ours = import_folder(folder, max_seq_len=128 if name.endswith("long") else None)
         return theirs, ours
 
     return get
@@ -168,9 +169,9 @@ def test_phi_reads_its_fused_tensors_in_the_right_order_and_scale_overrides_appl
 
 def test_longrope_is_imported_for_its_trained_length_unless_asked(tmp_path):
     make("phi3 longrope long").save_pretrained(tmp_path)
-    assert huggingface.load_model(tmp_path).config.max_seq_len == 16
+    assert import_folder(tmp_path).config.max_seq_len == 16
     with pytest.raises(ValueError, match="129; this model was made for at most 128"):
-        huggingface.load_model(tmp_path, max_seq_len=129)
+        import_folder(tmp_path, max_seq_len=129)
 
 
 @pytest.mark.parametrize("kind", ["llama3", "yarn", "longrope", "linear"])
@@ -202,12 +203,12 @@ def test_shards_bf16_and_files_of_older_versions_are_read(tmp_path, pair):
     t = tokens(1, 30)
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
-    assert torch.equal(huggingface.load_model(tmp_path / "shards").state_dict()["norm.weight"], ours.norm.weight)
-    assert torch.equal(huggingface.load_model(tmp_path / "shards")(t).logits, ours(t).logits)
+    assert torch.equal(import_folder(tmp_path / "shards").state_dict()["norm.weight"], ours.norm.weight)
+    assert torch.equal(import_folder(tmp_path / "shards")(t).logits, ours(t).logits)
     make("gemma3").to(torch.bfloat16).save_pretrained(tmp_path / "half")
     half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32, attn_implementation="eager")
-    assert_same(huggingface.load_model(tmp_path / "half")(t).logits, half(t).logits, "bf16 weights computed in fp32")
-    assert huggingface.load_model(tmp_path / "half", torch.bfloat16).dtype == torch.bfloat16
+    assert_same(import_folder(tmp_path / "half")(t).logits, half(t).logits, "bf16 weights computed in fp32")
+    assert import_folder(tmp_path / "half", torch.bfloat16).dtype == torch.bfloat16
     config, tensors = huggingface.read_folder(tmp_path / "shards")
     new = families.config_of(config)
     for key in ("rope_parameters", "layer_types", "tie_word_embeddings", "query_pre_attn_scalar", "hidden_activation"):
@@ -217,6 +218,15 @@ def test_shards_bf16_and_files_of_older_versions_are_read(tmp_path, pair):
     multimodal = {"model_type": "gemma3", "text_config": old | {"sliding_window_pattern": 3}}
     renamed = {name.replace("model.", "language_model.model.", 1): load for name, load in tensors.items()} | {"vision_tower.x": None}
     assert isinstance(families.build(multimodal, renamed), DualBranchModel)
+
+
+def test_rope_scaling_beside_rope_parameters_is_merged_as_transformers_does():
+    sliding, full = {"rope_type": "default", "rope_theta": 1000.0}, {"rope_type": "default", "rope_theta": 2000.0}
+    both = {"rope_parameters": {"sliding_attention": sliding, "full_attention": full}, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    settings = SIZES | MORE | GEMMA | both
+    ours = families.config_of({"model_type": "gemma3_text", **settings})
+    assert ours == families.config_of(transformers.Gemma3TextConfig(**copy.deepcopy(settings)).to_dict())
+    assert (ours.rope_scaling, ours.rope_theta, ours.sliding_rope_theta) == (families.RopeScaling("linear", 2.0), 2000.0, 1000.0)
 
 
 def test_a_real_config_of_each_family_is_understood():
@@ -229,6 +239,10 @@ def test_a_real_config_of_each_family_is_understood():
     llama = {"rope_theta": 500_000.0, "max_position_embeddings": 131_072, "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192}}
     c = families.config_of({"model_type": "llama", **sizes, **llama, "head_dim": None, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}})
     assert (c.head_dim, c.rope_theta, c.rope_scaling.kind, c.tie_embeddings) == (128, 500_000.0, "llama3", False)
+    yarn = {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}}
+    for context, expected in ((32_768, 131_072), (40_960, 131_072), (200_000, 200_000)):  # Qwen2.5's card adds it and leaves the context as it was
+        qwen = {"model_type": "qwen2", **sizes, "max_position_embeddings": context, **yarn}
+        assert families.config_of(qwen).max_seq_len == expected and families.config_of(qwen, 100_000).max_seq_len == 100_000
     c = families.config_of({"model_type": "gemma3_text", **sizes, "head_dim": 256})
     assert (c.sliding_window, c.sliding_rope_theta, c.rope_theta, c.tie_embeddings, c.activation) == (4096, 1e4, 1e6, True, "geglu")
     assert c.sliding_layers == (0, 1, 2, 3) and c.embed_scale == 3072**0.5 and c.post_norms and c.qk_norm

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from public_models import import_folder, tokenizer_of
 
-from dualbranch import DualBranchModel
+from dualbranch import DualBranchModel, load
 from dualbranch.convert import families, huggingface
 from dualbranch.storage import CheckpointError
 from dualbranch.tensor_file import save_tensors
@@ -45,7 +46,7 @@ def refused(folder: Path, *words: str) -> str:
     """The message of the refusal, which holds `words` and comes within a second."""
     begin = time.perf_counter()
     with pytest.raises(CheckpointError) as raised:
-        huggingface.load_model(folder)
+        import_folder(folder)
     seconds = time.perf_counter() - begin
     for word in words:
         assert word in str(raised.value), f"{word!r} is not in {str(raised.value)!r}"
@@ -55,7 +56,7 @@ def refused(folder: Path, *words: str) -> str:
 
 def test_a_folder_is_read_and_its_tensors_arrive_where_they_belong(tmp_path):
     tensors = random_tensors(GEMMA)
-    model = huggingface.load_model(write_folder(tmp_path, GEMMA, tensors))
+    model = import_folder(write_folder(tmp_path, GEMMA, tensors))
     assert torch.equal(model.blocks[1].slow.ff.w_down.weight, tensors["model.layers.1.mlp.down_proj.weight"])
     assert torch.equal(model.blocks[0].slow.attn_post_norm.weight, tensors["model.layers.0.post_attention_layernorm.weight"] + 1)
     assert model(torch.arange(9)[None]).logits.isfinite().all()
@@ -66,7 +67,7 @@ LIES = [
     {"num_hidden_layers": 10**9}, {"num_hidden_layers": 400}, {"hidden_size": 2048}, {"hidden_size": 32_768}, {"vocab_size": 10**12}, {"hidden_size": 24.0},
     {"hidden_size": True}, {"hidden_size": None}, {"num_key_value_heads": 3}, {"num_attention_heads": 0}, {"head_dim": 7}, {"rms_norm_eps": "small"},
     {"rms_norm_eps": float("nan")}, {"rope_theta": float("inf")}, {"rope_theta": 10**400}, {"rope_scaling": [1]}, {"hidden_act": "relu"}, {"hidden_act": []},
-    {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": "x"}},
+    {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, {"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": "x"}},
     {"attention_bias": True}, {"tie_word_embeddings": "yes"}, {"max_position_embeddings": 2**40}, {"model_type": "mamba"}, {"model_type": {}},
     {"quantization_config": {"bits": 4}},
 ]  # fmt: skip
@@ -87,13 +88,20 @@ def test_a_config_that_lies_is_refused_by_field(tmp_path, change):
     elif change == {"hidden_size": 32_768}:
         refused(tmp_path, "head_dim is 8192")
     else:
-        refused(tmp_path, "config: ", "rope_type" if "dynamic" in str(change) else next(iter(change)))
+        refused(tmp_path, "config: ", "rope_type is 'dynamic'" if "dynamic" in str(change) else next(iter(change)))
 
 
 @pytest.mark.parametrize("change", GEMMA_LIES, ids=str)
 def test_what_gemma_adds_is_checked_too(change):
     with pytest.raises(CheckpointError, match=next(iter(change))):
         families.config_of(GEMMA | change)
+
+
+def test_load_names_the_folder_whose_config_lies(tmp_path):
+    tokenizer_of("smollm2").save_files(write_folder(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"model_type": "mamba"}))
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: config: model_type is 'mamba'"):
+        load(tmp_path)
 
 
 def test_wrong_tensors_are_refused_by_name(tmp_path):
@@ -105,7 +113,7 @@ def test_wrong_tensors_are_refused_by_name(tmp_path):
     refused(write_folder(tmp_path / "d", tensors=tensors | {name: torch.zeros(12, 24, dtype=torch.int8)}), name, "I8", "quantised")
     refused(write_folder(tmp_path / "e", LLAMA | {"tie_word_embeddings": False}, tensors), "lm_head.weight", "missing")
     harmless = {"lm_head.weight": torch.zeros(50, 24), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(3)}
-    assert huggingface.load_model(write_folder(tmp_path / "f", tensors=tensors | harmless)).head is None
+    assert import_folder(write_folder(tmp_path / "f", tensors=tensors | harmless)).head is None
     with pytest.raises(CheckpointError, match=r"norm.weight has shape \[3\]"):  # a loader that doesn't tell its shape
         families.build(LLAMA, {k: lambda v=v: v for k, v in tensors.items()} | {"model.norm.weight": lambda: torch.zeros(3)})
 
@@ -145,7 +153,7 @@ def test_links_out_of_the_folder_are_not_followed_except_in_a_download_cache(tmp
     for name in ("config.json", "model.safetensors"):
         (real / name).rename(repository / "blobs" / name)
         (snapshot / name).symlink_to(Path("../../blobs") / name)
-    assert isinstance(huggingface.load_model(snapshot), DualBranchModel)
+    assert isinstance(import_folder(snapshot), DualBranchModel)
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to("/etc/hostname")
     refused(snapshot, "config.json", "link out of")
@@ -162,7 +170,7 @@ def test_an_index_that_does_not_agree_with_its_shards_is_refused(tmp_path):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {k: v for k, v in weight_map.items() if v}}))
 
     index()
-    assert isinstance(huggingface.load_model(folder), DualBranchModel)
+    assert isinstance(import_folder(folder), DualBranchModel)
     index(**{names[0]: "../one.safetensors"})
     refused(folder, "../one.safetensors", "not the name of")
     index(**{names[0]: "three.safetensors"})
@@ -202,10 +210,9 @@ def test_five_hundred_mutated_files_load_or_raise_checkpoint_error_within_a_seco
         path.write_bytes(data)
         begin = time.process_time()
         try:
-            huggingface.load_model(folder)
+            import_folder(folder)
             outcomes["loaded"] += 1
-        except CheckpointError as error:
-            assert str(folder) in str(error)
+        except CheckpointError:
             outcomes["refused"] += 1
         assert time.process_time() - begin < 1, n
     assert outcomes["refused"] > 250, outcomes
@@ -224,7 +231,7 @@ def test_the_peak_of_an_import_is_below_three_times_the_fp32_weights(tmp_path, d
         return int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field)).split()[1]) * 1024
 
     before = status("VmRSS")
-    model = huggingface.load_model(tmp_path)
+    model = import_folder(tmp_path)
     n_bytes = 4 * sum(p.numel() for p in model.parameters())
     grown = status("VmHWM") - before
     assert n_bytes > 60e6 and grown < 3 * n_bytes, f"{grown / n_bytes:.2f} times the weights"

@@ -130,7 +130,7 @@ def test_a_repository_without_the_package_names_the_extra(tmp_path, monkeypatch)
         load("someone/some-model")
 
 
-def test_a_repository_fetches_no_pickle_and_says_when_offline(tmp_path, monkeypatch):
+def test_a_repository_fetches_its_model_alone_and_says_when_offline(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub", reason="an optional extra")
     monkeypatch.chdir(tmp_path)
     asked = {}
@@ -142,7 +142,12 @@ def test_a_repository_fetches_no_pickle_and_says_when_offline(tmp_path, monkeypa
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     with pytest.raises(names.UnresolvedName, match=r"someone/some-model.*can't be reached"):
         load("someone/some-model")
-    assert asked["repo_id"] == "someone/some-model" and not any(p.endswith((".bin", ".pt", "*")) for p in asked["allow_patterns"])
+    wanted = ["config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "model.safetensors", "model-00001-of-00002.safetensors"]
+    wanted += ["model.safetensors.index.json"]
+    unwanted = ["pytorch_model.bin", "weights.pt", "consolidated.safetensors", "model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors"]
+    unwanted += ["checkpoint-100/model.safetensors", "onnx/config.json", "original/tokenizer.model", "a/b/model.safetensors"]
+    patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
+    assert asked["repo_id"] == "someone/some-model" and list(hub.utils.filter_repo_objects(wanted + unwanted, **patterns)) == wanted
 
 
 @pytest.mark.skipif(os.environ.get("DUALBRANCH_NETWORK_TESTS") != "1", reason="downloads; set DUALBRANCH_NETWORK_TESTS=1")

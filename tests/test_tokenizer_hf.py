@@ -181,7 +181,9 @@ def test_a_sentencepiece_model_out_of_gguf_equals_the_model_itself(tmp_path):
     [
         ({"tokenizer.ggml.model": "rwkv"}, "rwkv"),
         ({"tokenizer.ggml.pre": "secret"}, "secret.*smollm"),
+        ({"tokenizer.ggml.pre": ["smollm"]}, "pre is list, needed str"),
         ({"tokenizer.ggml.merges": None}, "merges"),
+        ({"tokenizer.ggml.merges": [1, 2]}, "merges holds an entry that isn't two tokens"),
         ({"tokenizer.ggml.merges": ["ab"]}, "merges"),
         ({"tokenizer.ggml.merges": ["zz yy"]}, "usable"),
         ({"tokenizer.ggml.tokens": ["a", 3]}, "tokens"),

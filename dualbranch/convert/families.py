@@ -129,8 +129,6 @@ def _rope(s: Settings, params: Settings | None, common: dict[str, Any], max_seq_
     """Rotary arguments, and the context: `params` is a rope_scaling or rope_parameters mapping. Follows transformers' reading of old and new files."""
     params = params or Settings({})
     context = s.integer("max_position_embeddings", LIMITS["max_seq_len"])
-    if max_seq_len is not None and not 1 <= max_seq_len <= context:
-        raise ValueError(f"max_seq_len was asked to be {max_seq_len}; this model was made for at most {context} tokens")
     share = params.number("partial_rotary_factor", high=1.0, default=s.number("partial_rotary_factor", high=1.0, default=1.0))
     n_rotary = int(common["head_dim"] * share)
     if n_rotary % 2 or n_rotary < 2:
@@ -150,6 +148,7 @@ def _rope(s: Settings, params: Settings | None, common: dict[str, Any], max_seq_
     elif kind == "llama3":
         scaling |= {name: params.number(name, high=1e6) for name in ("low_freq_factor", "high_freq_factor")}
     elif kind == "yarn":
+        context = max(context, round(scaling["factor"] * original))  # switched on by hand, it stands beside the context of before
         scaling |= {"beta_fast": params.number("beta_fast", default=32.0), "beta_slow": params.number("beta_slow", default=1.0)}
         scaling["truncate"] = params.get("truncate") is None or params.flag("truncate")
         if params.get("mscale") and params.get("mscale_all_dim"):
@@ -164,9 +163,11 @@ def _rope(s: Settings, params: Settings | None, common: dict[str, Any], max_seq_
         scaling["factor"] = max(1.0, scaling["factor"])
         context = original if max_seq_len is None else context  # within it the short factors serve every prompt, as transformers has it
     elif kind != "none":
-        raise params.bad("rope_type", "one of default, linear, llama3, yarn, longrope")
+        raise params.bad("rope_type", "one of default, linear, llama3, yarn, longrope", kind)
     if kind in ("yarn", "longrope") and params.get("attention_factor") is not None:
         scaling["attention_factor"] = params.number("attention_factor", high=1e3)
+    if max_seq_len is not None and not 1 <= max_seq_len <= context:
+        raise ValueError(f"max_seq_len was asked to be {max_seq_len}; this model was made for at most {context} tokens")
     theta = params.number("rope_theta", low=1.0, default=s.number("rope_theta", low=1.0, default=10_000.0))
     return {
         "rope_theta": theta,
@@ -299,13 +300,16 @@ def _gemma3(s: Settings, common: dict[str, Any]) -> dict[str, Any]:
     s.must_be_off("attention_bias", "use_bidirectional_attention")
     if s.get("attn_logit_softcapping") is not None:
         warnings.warn("attn_logit_softcapping has no effect: no Gemma 3 was trained with it, and transformers does not apply it either", stacklevel=4)
-    by_kind = s.section("rope_parameters")
-    params, local = (by_kind.section(name) for name in ("full_attention", "sliding_attention")) if by_kind else (s.section("rope_scaling"), None)
+    by_kind, scaling = s.section("rope_parameters"), s.section("rope_scaling")
+    params, local = (by_kind.section(name) for name in ("full_attention", "sliding_attention")) if by_kind else (None, None)
     if by_kind and params is local is None:
         raise s.bad("rope_parameters", "full_attention and sliding_attention in it")
+    if scaling:  # the older name; where both are, transformers puts it over the newer one
+        params = Settings({**(params.values if params else {}), **scaling.values}, path=scaling.path)
     local = local or Settings({})
-    if (local.get("rope_type") or local.get("type") or "default") != "default":
-        raise local.bad("rope_type", "default: the rotary embedding of sliding-window layers is not scaled")
+    kind = local.get("rope_type") or local.get("type") or "default"
+    if kind != "default":
+        raise local.bad("rope_type", "default: the rotary embedding of sliding-window layers is not scaled", kind)
     out = {"qk_norm": True, "post_norms": True, "embed_scale": common["d_model"] ** 0.5, "activation": _activation(s, "hidden_activation")}
     out |= _rope(s, params, common, common["max_seq_len"])
     scale = s.number("query_pre_attn_scalar", high=1e6) ** -0.5

@@ -71,6 +71,9 @@ def read_gguf(path: str | os.PathLike) -> GGUFCheckpoint:
     """
     path = Path(path)
     data, metadata, infos = read_header(path)
+    n_files = metadata.get("split.count", 1)
+    if isinstance(n_files, int) and n_files > 1:
+        raise CheckpointError(f"{path}: one of the {n_files} files of a model; merge them: llama-gguf-split --merge FIRST.gguf MERGED.gguf")
     config = _config(path, metadata, infos)
     tensors: dict[str, Callable[[], Tensor]] = {}
     wanted = _tensors(config, infos)
@@ -325,11 +328,12 @@ def _rope_scaling(path: Path, f: _Fields, infos: dict[str, TensorInfo], n_rotary
             raise CheckpointError(f"{path}: tensor {missing[0]} is missing beside the other one")
         long, short = factors("rope_factors_long.weight"), factors("rope_factors_short.weight")
         return {"rope_type": "longrope", "type": "longrope", "long_factor": long, "short_factor": short}
-    kind = f.metadata.get(f"{f.arch}.rope.scaling.type", "none")
+    default = "linear" if f.number("rope.scaling.factor", 0.0) else "none"  # as llama.cpp has it
+    kind = f.metadata.get(f"{f.arch}.rope.scaling.type", default)
+    if not isinstance(kind, str) or kind not in ("none", "", "linear", "yarn"):
+        raise CheckpointError(f"{path}: metadata field {f.arch}.rope.scaling.type is {str(kind)[:40]!r}, supported: none, linear, yarn")
     if kind in ("none", ""):
         return None
-    if kind not in ("linear", "yarn"):
-        raise CheckpointError(f"{path}: metadata field {f.arch}.rope.scaling.type is {str(kind)[:40]!r}, supported: none, linear, yarn")
     scaling = {"rope_type": kind, "factor": f.number("rope.scaling.factor")}
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = f.integer("rope.scaling.original_context_length", LIMITS["max_seq_len"])

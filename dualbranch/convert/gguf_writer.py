@@ -53,8 +53,8 @@ def write_gguf(
         raise ValueError(f"dtype is {dtype!r}, needed one of {', '.join(DTYPES)}")
     hf_config = dict(hf_config)
     arch = next(a for a, model_type in ARCHITECTURES.items() if model_type == hf_config["model_type"])
-    if config.sliding_layers and arch not in ("gemma3", "phi3"):
-        raise ValueError(f"sliding_layers = {list(config.sliding_layers)[:8]}: GGUF files of {arch} models have no sliding windows; export it as 'hf'")
+    if config.sliding_layers and arch != "gemma3":  # phi3's has a field, which llama.cpp doesn't use
+        raise ValueError(f"sliding_layers = {list(config.sliding_layers)[:8]}: llama.cpp has no sliding windows in {arch} models; export it as 'hf'")
     wanted = {their: (name, shape, change) for their, (name, shape, change) in _tensors(hf_config, {}).items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)

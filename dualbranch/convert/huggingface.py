@@ -1,6 +1,6 @@
 """Hugging Face folders: `config.json` with `model.safetensors`, whole or in shards.
 
-`read_folder` looks at the config and at the headers alone; `load_model` makes the model of them (`families.build`). Read with the suspicion of
+`read_folder` looks at the config and at the headers alone; `families.build` makes the model of them. Read with the suspicion of
 `dualbranch.storage`: sizes are accounted for before a tensor is loaded, links out of the folder aren't followed, pickle is never read.
 Tokenizers and chat templates: `dualbranch.tokenizer_hf`.
 """
@@ -12,12 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dualbranch.convert import families
-from dualbranch.model import DualBranchModel
 from dualbranch.storage import MAX_JSON, PICKLE_SUFFIXES, CheckpointError, check_inside, link_root, parse_json, read_bytes
 from dualbranch.tensor_file import read_header
 
@@ -88,15 +85,6 @@ def read_folder(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, La
             raise CheckpointError(f"{folder / shard}: tensor {name} is {'missing' if name in named else 'not in the index'}; index and shards don't agree")
         tensors |= found
     return config, tensors
-
-
-def load_model(folder: str | os.PathLike, dtype: torch.dtype = torch.float32, max_seq_len: int | None = None) -> DualBranchModel:
-    """The dense model in a Hugging Face folder (eval mode, on the CPU). `max_seq_len`: as in `families.config_of`. Raises CheckpointError."""
-    config, tensors = read_folder(folder)
-    try:
-        return families.build(config, tensors, dtype, max_seq_len)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:

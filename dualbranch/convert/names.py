@@ -25,6 +25,8 @@ from dualbranch.storage import sha256
 
 _BLOCK = 2**20
 _ALLOWED = ("*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja")  # a template is read as text, never executed
+#: What `_ALLOWED` would match too (a `*` crosses "/"): other formats and training states in folders, the weights a second time, other precisions.
+_IGNORED = ("*/*", "consolidated*", "model.*.safetensors")
 
 
 class UnresolvedName(ValueError):
@@ -199,7 +201,7 @@ def fetch_repo(repo_id: str) -> Path:
         raise UnresolvedName(f"{repo_id}: there is no such path here, and Hugging Face repositories need a package: pip install dualbranch[hub]") from error
     folder = cache_folder() / "hub" / repo_id.replace("/", "--")
     try:
-        huggingface_hub.snapshot_download(repo_id, allow_patterns=list(_ALLOWED), local_dir=folder)
+        huggingface_hub.snapshot_download(repo_id, allow_patterns=list(_ALLOWED), ignore_patterns=list(_IGNORED), local_dir=folder)
     except errors.GatedRepoError as error:
         raise UnresolvedName(f"{repo_id}: its owner asks for consent first: open https://huggingface.co/{repo_id}, then run: hf auth login") from error
     except errors.RepositoryNotFoundError as error:
