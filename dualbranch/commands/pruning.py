@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms, dense=True)
     documents = text_documents(found.tokenizer, tuple(args.text), () if args.text else ("wikipedia",), "train", args.seq_len)
     rows = pack(documents, args.seq_len, found.model.config.sparse.block_size, found.tokenizer.pad_id).map(lambda x: x[: args.rows])
-    n_tokens = int((rows.tokens != found.tokenizer.pad_id).sum())
+    n_tokens = int(rows.real.sum())
     sizes = {field: getattr(args, field) for field in SIZES.values()}
     model, report = prune(found.model, rows, args.share, **sizes, refit=not args.no_refit)
     report["calibration"] = {"tokens": n_tokens, "text": args.text or ["wikipedia"]}
