@@ -62,8 +62,8 @@ def save_checkpoint(
 ) -> None:
     """Write `model` (config, weights as `dtype`, calibration) and `tokenizer` as a checkpoint, replacing one already there.
 
-    Complete or not at all: everything is written beside `folder` and renamed into place. What else lies in `folder` (a
-    `done` marker, `state/`) stays. `extra` is any JSON, kept in the manifest.
+    Complete or not at all: everything is written beside `folder` and renamed into place; what fails or is interrupted (Ctrl-C) leaves
+    nothing there. What else lies in `folder` (a `done` marker, `state/`) stays. `extra` is any JSON, kept in the manifest.
 
     Raises ValueError for an unknown dtype, an `extra` that isn't JSON, a vocabulary smaller than the tokenizer's, and
     weights that aren't finite in `dtype`.
@@ -95,31 +95,33 @@ def save_checkpoint(
     _finish_swap(folder)
     temporary = _sibling(folder, "tmp")
     remove(temporary)  # of a killed save
-    temporary.mkdir(parents=True)
-    write_text(temporary / "config.json", json.dumps(to_dict(model.config), indent=1) + "\n")
-    save_tensors(temporary / "model.safetensors", tensors, {"format": "pt"})
-    tokenizer.save_files(temporary)
-    if model.calibration is not None:
-        write_text(temporary / "calibration.json", json.dumps(to_dict(model.calibration), indent=1) + "\n")
-    write_manifest(temporary, FORMAT, extra)
-    if folder.is_dir() and not (folder / "manifest.json").exists():  # nothing to replace: move in, the manifest last
-        for name in (*CHECKPOINT_FILES, *PUBLIC_TOKENIZER_FILES, "manifest.json"):
-            if (temporary / name).exists():
-                os.replace(temporary / name, folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)
-        sync_folder(folder)
+    try:
+        temporary.mkdir(parents=True)
+        write_text(temporary / "config.json", json.dumps(to_dict(model.config), indent=1) + "\n")
+        save_tensors(temporary / "model.safetensors", tensors, {"format": "pt"})
+        tokenizer.save_files(temporary)
+        if model.calibration is not None:
+            write_text(temporary / "calibration.json", json.dumps(to_dict(model.calibration), indent=1) + "\n")
+        write_manifest(temporary, FORMAT, extra)
+        if folder.is_dir() and not (folder / "manifest.json").exists():  # nothing to replace: move in, the manifest last
+            for name in (*CHECKPOINT_FILES, *PUBLIC_TOKENIZER_FILES, "manifest.json"):
+                if (temporary / name).exists():
+                    os.replace(temporary / name, folder / name)
+                else:
+                    (folder / name).unlink(missing_ok=True)
+            sync_folder(folder)
+            return
+        if folder.is_dir():
+            _link_others(folder, temporary)
+        # From here on each state of the disk is read as a whole: folder, else new, else old (see `_existing`).
+        os.rename(temporary, new)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(new, folder)
+        sync_folder(folder.parent)
+        remove(old)
+    finally:
         remove(temporary)
-        return
-    if folder.is_dir():
-        _link_others(folder, temporary)
-    # From here on each state of the disk is read as a whole: folder, else new, else old (see `_existing`).
-    os.rename(temporary, new)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(new, folder)
-    sync_folder(folder.parent)
-    remove(old)
 
 
 def load_checkpoint(

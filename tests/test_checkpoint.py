@@ -242,6 +242,19 @@ def test_a_kill_during_the_first_save_never_moves_the_training_state(tmp_path, t
     assert finished and n_allowed > 10
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+def test_a_save_that_is_stopped_leaves_the_old_checkpoint_and_nothing_beside_it(saved, tok, model, monkeypatch, stop):
+    def stopped(path, *args):
+        path.write_bytes(b"half")
+        raise stop
+
+    monkeypatch.setattr("dualbranch.checkpoint.save_tensors", stopped)
+    for folder in (saved, saved.with_name("new")):
+        with pytest.raises(stop):
+            save_checkpoint(folder, make_model(3), tok)
+    assert [p.name for p in saved.parent.iterdir()] == ["student"] and same_weights(load_checkpoint(saved)[0], model)
+
+
 KILLED_LOOP = """
 import sys, torch
 from pathlib import Path

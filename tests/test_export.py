@@ -277,6 +277,19 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path):
     assert (tmp_path / "m" / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("to", ["safetensors", "hf"])
+def test_an_export_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch, to):
+    def interrupted(path, *args):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    for module in ("dualbranch.checkpoint", "dualbranch.convert.export"):
+        monkeypatch.setattr(f"{module}.save_tensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(random_model(DENSE), TOK, tmp_path / "m", to=to)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_card_states_sizes_and_only_what_was_measured(tmp_path):
     model = random_model(DUAL)
     sizes = export(model, TOK, tmp_path / "a", "dual")
