@@ -19,7 +19,7 @@ from dualbranch.checkpoint import CHECKPOINT_FILES, load, load_checkpoint, newes
 from dualbranch.config import DualBranchConfig
 from dualbranch.gate import Calibration
 from dualbranch.model import DualBranchModel
-from dualbranch.storage import CheckpointError, write_text
+from dualbranch.storage import CheckpointError, new_folder, write_text
 from dualbranch.tensor_file import load_tensors, save_tensors
 from dualbranch.tokenizer import Tokenizer
 from dualbranch.training_state import load_latest_state, save_state
@@ -172,6 +172,19 @@ def test_unusable_arguments_are_refused_before_anything_is_written(tmp_path, tok
         with pytest.raises(ValueError, match=message):
             save_checkpoint(tmp_path / "c", bad, tok, **kwargs)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_folder_is_one_that_is_not_there_or_is_empty(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    for name in ("nothing", "empty", "link"):
+        assert new_folder(tmp_path / name) == tmp_path / name
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("full", "full/file", "dangling"):
+        with pytest.raises(ValueError, match=f"{name} exists already; give a folder that doesn't"):
+            new_folder(tmp_path / name)
 
 
 # ---- kills

@@ -272,7 +272,7 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="something already"):
+    with pytest.raises(ValueError, match="m exists already"):
         export(model, TOK, tmp_path / "m")
     assert (tmp_path / "m" / "thesis.txt").read_text() == "mine"
 
@@ -311,7 +311,7 @@ def test_the_command_exports_what_it_says_and_explains_mistakes(tmp_path, capsys
     assert main([*args, "--to", "gguf", "--dtype", "q8_0", "--evaluation", str(tmp_path / "e.json"), "--licence", "CC0"]) == 0
     assert "slow branch as gguf of the family llama, q8_0" in capsys.readouterr().out
     assert (tmp_path / "x" / "x-q8_0.gguf").is_file() and "| perplexity | 7.25 |" in (tmp_path / "x" / "README.md").read_text()
-    assert main([*args, "--to", "gguf"]) == 2 and "something already" in capsys.readouterr().err
+    assert main([*args, "--to", "gguf"]) == 2 and "exists already" in capsys.readouterr().err
 
 
 def test_exporting_leaves_the_model_alone_and_shares_its_memory():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from dualbranch.checkpoint import load, save_checkpoint
 from dualbranch.cli import add_model
+from dualbranch.storage import new_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,9 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    folder = Path(args.out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already; give --out another folder")
+    folder = new_folder(args.out)
     found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms, dense=True)
     save_checkpoint(folder, found.model, found.tokenizer, found.extra, args.dtype)
     c = found.model.config

@@ -32,7 +32,7 @@ from dualbranch.convert import delta, families, gguf_writer
 from dualbranch.convert.huggingface import WEIGHTS
 from dualbranch.data.packing import Rows
 from dualbranch.model import DualBranchModel
-from dualbranch.storage import write_text
+from dualbranch.storage import new_folder, write_text
 from dualbranch.tensor_file import DTYPES, save_tensors
 from dualbranch.tokenizer import TokenizerBase
 from dualbranch.tokenizer_hf import hf_files
@@ -71,12 +71,10 @@ def export(
     All or nothing: written beside `folder` and renamed. Raises ValueError: an unknown branch, format or dtype, a folder that holds something already, a
     branch the model doesn't have or the format can't hold (naming the field), weights that aren't finite in `dtype`.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = new_folder(os.path.abspath(folder))
     for what, value, known in (("branch", branch, BRANCHES), ("to", to, FORMATS), ("dtype", dtype, FORMATS.get(to, ()))):
         if value not in known:
             raise ValueError(f"{what} is {value!r}, needed one of {', '.join(known)}{f' (to {to})' if what == 'dtype' else ''}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: there is something already; give a new folder")
     if branch == "dual" and model.config.is_dense:
         raise ValueError("branch is 'dual', but the model has no fast branch; export its slow branch, or convert it first")
     if model.precision != "fp32" and not (to == "safetensors" and (branch == "dual" or model.config.is_dense)):
