@@ -62,8 +62,8 @@ def save_checkpoint(
 ) -> None:
     """Write `model` (config, weights as `dtype`, calibration) and `tokenizer` as a checkpoint, replacing one already there.
 
-    Complete or not at all: everything is written beside `folder` and renamed into place; what fails or is interrupted (Ctrl-C) leaves
-    nothing there. What else lies in `folder` (a `done` marker, `state/`) stays. `extra` is any JSON, kept in the manifest.
+    Complete or not at all: everything is written beside `folder` (inside, where no checkpoint is) and renamed into place; what fails or is
+    interrupted (Ctrl-C) leaves nothing. What else lies in `folder` (a `done` marker, `state/`) stays. `extra` is any JSON, kept in the manifest.
 
     Raises ValueError for an unknown dtype, an `extra` that isn't JSON, a vocabulary smaller than the tokenizer's, and
     weights that aren't finite in `dtype`.
@@ -93,8 +93,10 @@ def save_checkpoint(
 
     new, old = _sibling(folder, "new"), _sibling(folder, "old")
     _finish_swap(folder)
-    temporary = _sibling(folder, "tmp")
-    remove(temporary)  # of a killed save
+    nothing_there = folder.is_dir() and not (folder / "manifest.json").exists()
+    temporary = folder / ".checkpoint.tmp" if nothing_there else _sibling(folder, "tmp")  # the folder may be a mount point, or a link to another disk
+    for leftover in {temporary, _sibling(folder, "tmp")}:  # of a killed save
+        remove(leftover)
     try:
         temporary.mkdir(parents=True)
         write_text(temporary / "config.json", json.dumps(to_dict(model.config), indent=1) + "\n")
@@ -103,7 +105,7 @@ def save_checkpoint(
         if model.calibration is not None:
             write_text(temporary / "calibration.json", json.dumps(to_dict(model.calibration), indent=1) + "\n")
         write_manifest(temporary, FORMAT, extra)
-        if folder.is_dir() and not (folder / "manifest.json").exists():  # nothing to replace: move in, the manifest last
+        if nothing_there:  # move up, the manifest last
             for name in (*CHECKPOINT_FILES, *PUBLIC_TOKENIZER_FILES, "manifest.json"):
                 if (temporary / name).exists():
                     os.replace(temporary / name, folder / name)

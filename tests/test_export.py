@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import importlib.util
 import json
+import os
 import warnings
+from pathlib import Path
 
 import public_models
 import pytest
@@ -288,6 +291,32 @@ def test_an_export_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch, to)
     with pytest.raises(KeyboardInterrupt):
         export(random_model(DENSE), TOK, tmp_path / "m", to=to)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [("import",), ("quantize",), ("export",), ("export", "--to", "hf"), ("export", "--to", "gguf")])
+def test_an_empty_folder_on_another_disk_may_be_written_to(tmp_path, monkeypatch, capsys, command):
+    from dualbranch.checkpoint import save_checkpoint
+    from dualbranch.cli import main
+
+    save_checkpoint(tmp_path / "model", random_model(DENSE), TOK)
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    disk.mkdir()
+    link.symlink_to(disk)
+
+    def within_a_disk(move):
+        def moved(a, b):
+            if (disk in Path(a).resolve().parents) != (disk in Path(b).resolve().parents):
+                raise OSError(errno.EXDEV, "Invalid cross-device link")
+            return move(a, b)
+
+        return moved
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, within_a_disk(getattr(os, name)))
+    assert main([command[0], str(tmp_path / "model"), "--out", str(link), *command[1:]]) == 0, capsys.readouterr().err
+    assert link.is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["disk", "link", "model"]
+    assert not [p.name for p in disk.iterdir() if p.name.startswith(".")]
+    load(disk / "link-float32.gguf" if "gguf" in command else disk)
 
 
 def test_the_card_states_sizes_and_only_what_was_measured(tmp_path):
