@@ -174,7 +174,7 @@ def load(
 
 def newest_run(runs: str | os.PathLike = "runs") -> Path | None:
     """The run under `runs` whose final student was written last, or None if no run has one."""
-    found = [(_manifest_time(student), run) for run in _run_folders(Path(runs)) if (student := _final_student(run))]
+    found = [(_manifest_time(student), run) for run in _run_folders(Path(runs)) if (student := final_student(run))]
     return max(found)[1] if found else None
 
 
@@ -308,7 +308,7 @@ def _find(path_or_name: str | os.PathLike, runs: Path) -> Path:
     for folder in candidates:
         if _is_checkpoint(folder):
             return folder
-        student = _final_student(folder)
+        student = final_student(folder)
         if student:
             return student
     for folder in candidates:
@@ -330,7 +330,7 @@ def _find(path_or_name: str | os.PathLike, runs: Path) -> Path:
 
 
 def _what_exists(runs: Path) -> str:
-    names = [run.name for run in _run_folders(runs) if _final_student(run)]
+    names = [run.name for run in _run_folders(runs) if final_student(run)]
     if names:
         return f"; {runs} has {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
     return f"; {runs} holds no finished run, make one with train.py"
@@ -347,7 +347,8 @@ def _stages(run: Path) -> list[str]:
     return [p.name for p in _run_folders(run) if _is_checkpoint(p)]
 
 
-def _final_student(run: Path) -> Path | None:
+def final_student(run: Path) -> Path | None:
+    """The folder of the student that `run` ends with, or None if it has none yet."""
     return next((run / stage for stage in FINAL_STAGES if _is_checkpoint(run / stage)), None)
 
 

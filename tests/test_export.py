@@ -8,6 +8,7 @@ import errno
 import importlib.util
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -341,6 +342,29 @@ def test_the_command_exports_what_it_says_and_explains_mistakes(tmp_path, capsys
     assert "slow branch as gguf of the family llama, q8_0" in capsys.readouterr().out
     assert (tmp_path / "x" / "x-q8_0.gguf").is_file() and "| perplexity | 7.25 |" in (tmp_path / "x" / "README.md").read_text()
     assert main([*args, "--to", "gguf"]) == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_the_card_has_the_runs_numbers_only_where_it_is_the_model_the_run_evaluated(tmp_path, capsys):
+    from dualbranch.checkpoint import save_checkpoint
+    from dualbranch.cli import main
+
+    run = tmp_path / "run"
+    save_checkpoint(run / "teacher", random_model(DENSE), TOK)
+    save_checkpoint(run / "student", random_model(DUAL), TOK)
+    save_checkpoint(run / "gate", random_model(DUAL), TOK)
+    route = {"route": "slow", "budget": None, "slow_share": 1.0, "flops": 1e6, "perplexity": 3.21, "of_slow": 1.0}
+    (run / "evaluation.json").write_text(json.dumps({"text": {"stories": {"routes": [route]}}}))
+    for name, has_numbers in ((".", True), ("gate", True), ("student", False), ("teacher", False)):
+        out = tmp_path / f"card of {name}"
+        assert main(["export", str(run / name), "--out", str(out)]) == 0
+        assert ("perplexity 3.21" in (out / "README.md").read_text()) == has_numbers, name
+    for content in ("[1]", "not JSON", '{"text": {"x": {"ppl": 1}}}', '{"text": {"x": 3}}', '{"recall": [{"distance": 5}]}'):
+        (run / "evaluation.json").write_text(content)
+        capsys.readouterr()
+        assert main(["export", str(run), "--out", str(tmp_path / "x")]) == 2 and "evaluation.json: not" in capsys.readouterr().err, content
+        assert not (tmp_path / "x").exists()
+        assert main(["export", str(run / "teacher"), "--out", str(tmp_path / "y")]) == 0
+        shutil.rmtree(tmp_path / "y")
 
 
 def test_exporting_leaves_the_model_alone_and_shares_its_memory():
