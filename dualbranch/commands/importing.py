@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     folder = new_folder(args.out)
-    found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms, dense=True)
+    found = load(args.model, dtype=args.dtype, accept_terms=args.accept_gemma_terms, dense=True)
     save_checkpoint(folder, found.model, found.tokenizer, found.extra, args.dtype)
     c = found.model.config
     print(f"{folder}: {sum(p.numel() for p in found.model.parameters()):,} parameters, {c.n_layers} layers of width {c.d_model}, {c.vocab_size:,} tokens")
