@@ -62,8 +62,8 @@ def save_checkpoint(
 ) -> None:
     """Write `model` (config, weights as `dtype`, calibration) and `tokenizer` as a checkpoint, replacing one already there.
 
-    Complete or not at all: everything is written beside `folder` and renamed into place. What else lies in `folder` (a
-    `done` marker, `state/`) stays. `extra` is any JSON, kept in the manifest.
+    Complete or not at all: everything is written beside `folder` (inside, where no checkpoint is) and renamed into place; what fails or is
+    interrupted (Ctrl-C) leaves nothing. What else lies in `folder` (a `done` marker, `state/`) stays. `extra` is any JSON, kept in the manifest.
 
     Raises ValueError for an unknown dtype, an `extra` that isn't JSON, a vocabulary smaller than the tokenizer's, and
     weights that aren't finite in `dtype`.
@@ -93,33 +93,37 @@ def save_checkpoint(
 
     new, old = _sibling(folder, "new"), _sibling(folder, "old")
     _finish_swap(folder)
-    temporary = _sibling(folder, "tmp")
-    remove(temporary)  # of a killed save
-    temporary.mkdir(parents=True)
-    write_text(temporary / "config.json", json.dumps(to_dict(model.config), indent=1) + "\n")
-    save_tensors(temporary / "model.safetensors", tensors, {"format": "pt"})
-    tokenizer.save_files(temporary)
-    if model.calibration is not None:
-        write_text(temporary / "calibration.json", json.dumps(to_dict(model.calibration), indent=1) + "\n")
-    write_manifest(temporary, FORMAT, extra)
-    if folder.is_dir() and not (folder / "manifest.json").exists():  # nothing to replace: move in, the manifest last
-        for name in (*CHECKPOINT_FILES, *PUBLIC_TOKENIZER_FILES, "manifest.json"):
-            if (temporary / name).exists():
-                os.replace(temporary / name, folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)
-        sync_folder(folder)
+    nothing_there = folder.is_dir() and not (folder / "manifest.json").exists()
+    temporary = folder / ".checkpoint.tmp" if nothing_there else _sibling(folder, "tmp")  # the folder may be a mount point, or a link to another disk
+    for leftover in {temporary, _sibling(folder, "tmp")}:  # of a killed save
+        remove(leftover)
+    try:
+        temporary.mkdir(parents=True)
+        write_text(temporary / "config.json", json.dumps(to_dict(model.config), indent=1) + "\n")
+        save_tensors(temporary / "model.safetensors", tensors, {"format": "pt"})
+        tokenizer.save_files(temporary)
+        if model.calibration is not None:
+            write_text(temporary / "calibration.json", json.dumps(to_dict(model.calibration), indent=1) + "\n")
+        write_manifest(temporary, FORMAT, extra)
+        if nothing_there:  # move up, the manifest last
+            for name in (*CHECKPOINT_FILES, *PUBLIC_TOKENIZER_FILES, "manifest.json"):
+                if (temporary / name).exists():
+                    os.replace(temporary / name, folder / name)
+                else:
+                    (folder / name).unlink(missing_ok=True)
+            sync_folder(folder)
+            return
+        if folder.is_dir():
+            _link_others(folder, temporary)
+        # From here on each state of the disk is read as a whole: folder, else new, else old (see `_existing`).
+        os.rename(temporary, new)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(new, folder)
+        sync_folder(folder.parent)
+        remove(old)
+    finally:
         remove(temporary)
-        return
-    if folder.is_dir():
-        _link_others(folder, temporary)
-    # From here on each state of the disk is read as a whole: folder, else new, else old (see `_existing`).
-    os.rename(temporary, new)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(new, folder)
-    sync_folder(folder.parent)
-    remove(old)
 
 
 def load_checkpoint(
@@ -170,7 +174,7 @@ def load(
 
 def newest_run(runs: str | os.PathLike = "runs") -> Path | None:
     """The run under `runs` whose final student was written last, or None if no run has one."""
-    found = [(_manifest_time(student), run) for run in _run_folders(Path(runs)) if (student := _final_student(run))]
+    found = [(_manifest_time(student), run) for run in _run_folders(Path(runs)) if (student := final_student(run))]
     return max(found)[1] if found else None
 
 
@@ -304,7 +308,7 @@ def _find(path_or_name: str | os.PathLike, runs: Path) -> Path:
     for folder in candidates:
         if _is_checkpoint(folder):
             return folder
-        student = _final_student(folder)
+        student = final_student(folder)
         if student:
             return student
     for folder in candidates:
@@ -332,7 +336,7 @@ def _find(path_or_name: str | os.PathLike, runs: Path) -> Path:
 
 
 def _what_exists(runs: Path) -> str:
-    names = [run.name for run in _run_folders(runs) if _final_student(run)]
+    names = [run.name for run in _run_folders(runs) if final_student(run)]
     if names:
         return f"; {runs} has {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
     return f"; {runs} holds no finished run, make one with train.py"
@@ -349,7 +353,8 @@ def _stages(run: Path) -> list[str]:
     return [p.name for p in _run_folders(run) if _is_checkpoint(p)]
 
 
-def _final_student(run: Path) -> Path | None:
+def final_student(run: Path) -> Path | None:
+    """The folder of the student that `run` ends with, or None if it has none yet."""
     return next((run / stage for stage in FINAL_STAGES if _is_checkpoint(run / stage)), None)
 
 

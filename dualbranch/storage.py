@@ -152,6 +152,14 @@ def read_schema(folder: Path, manifest: dict, name: str, cls: type) -> Any:
         raise CheckpointError(f"{folder / name}: {error}") from error
 
 
+def new_folder(path: str | os.PathLike) -> Path:
+    """`path`, where nothing is yet or an empty folder (a mount point, say, or a link to one). Raises ValueError."""
+    folder = Path(path)
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; give a folder that doesn't, or an empty one")
+    return folder
+
+
 def remove(path: Path) -> None:
     """A file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

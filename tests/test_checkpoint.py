@@ -20,7 +20,7 @@ from dualbranch.checkpoint import CHECKPOINT_FILES, load, load_checkpoint, newes
 from dualbranch.config import DualBranchConfig
 from dualbranch.gate import Calibration
 from dualbranch.model import DualBranchModel
-from dualbranch.storage import CheckpointError, write_text
+from dualbranch.storage import CheckpointError, new_folder, write_text
 from dualbranch.tensor_file import load_tensors, save_tensors
 from dualbranch.tokenizer import Tokenizer
 from dualbranch.training_state import load_latest_state, save_state
@@ -175,6 +175,19 @@ def test_unusable_arguments_are_refused_before_anything_is_written(tmp_path, tok
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_new_folder_is_one_that_is_not_there_or_is_empty(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    for name in ("nothing", "empty", "link"):
+        assert new_folder(tmp_path / name) == tmp_path / name
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("full", "full/file", "dangling"):
+        with pytest.raises(ValueError, match=f"{name} exists already; give a folder that doesn't"):
+            new_folder(tmp_path / name)
+
+
 # ---- kills
 
 
@@ -241,6 +254,19 @@ def test_a_kill_during_the_first_save_never_moves_the_training_state(tmp_path, t
         if finished:
             break
     assert finished and n_allowed > 10
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+def test_a_save_that_is_stopped_leaves_the_old_checkpoint_and_nothing_beside_it(saved, tok, model, monkeypatch, stop):
+    def stopped(path, *args):
+        path.write_bytes(b"half")
+        raise stop
+
+    monkeypatch.setattr("dualbranch.checkpoint.save_tensors", stopped)
+    for folder in (saved, saved.with_name("new")):
+        with pytest.raises(stop):
+            save_checkpoint(folder, make_model(3), tok)
+    assert [p.name for p in saved.parent.iterdir()] == ["student"] and same_weights(load_checkpoint(saved)[0], model)
 
 
 KILLED_LOOP = """

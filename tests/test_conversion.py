@@ -15,9 +15,9 @@ from public_models import tokenizer_of, write_folder, write_gguf
 from safetensors.torch import save_file
 
 from dualbranch import load
-from dualbranch.checkpoint import load_checkpoint
+from dualbranch.checkpoint import load_checkpoint, save_checkpoint
 from dualbranch.cli import main as cli
-from dualbranch.commands import converting
+from dualbranch.commands import converting, importing
 from dualbranch.config import DualBranchConfig
 from dualbranch.data import corpora
 from dualbranch.data.packing import pack
@@ -303,6 +303,20 @@ def test_importing_gemma_in_half_precision_says_that_its_norms_are_rounded(tmp_p
         assert ("1 + w, rounded to bfloat16" in capsys.readouterr().out) == said
     exact, rounded = (load(tmp_path / dtype).model.norm.weight for dtype in ("float32", "bfloat16"))
     assert torch.equal(rounded, exact.bfloat16().float()) and not torch.equal(rounded, exact)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_an_import_loads_weights_as_it_writes_them_and_writes_what_float32_would_give(public, tmp_path, monkeypatch, dtype):
+    seen = []
+    monkeypatch.setattr(importing, "save_checkpoint", lambda folder, model, *args: (seen.append(model.dtype), save_checkpoint(folder, model, *args)))
+    found = load(public)
+    save_checkpoint(tmp_path / "ours", found.model, found.tokenizer)
+    save_checkpoint(tmp_path / "expected", found.model, found.tokenizer, dtype=dtype)
+    for source in (public, tmp_path / "ours"):
+        out = tmp_path / f"from {source.name}"
+        assert cli(["import", str(source), "--out", str(out), "--dtype", dtype]) == 0
+        assert (out / "model.safetensors").read_bytes() == (tmp_path / "expected" / "model.safetensors").read_bytes()
+    assert seen == [getattr(torch, dtype)] * 2, "loaded as something else, and copied"
 
 
 def test_the_command_imports_and_evaluates(public, text_file, tmp_path, capsys):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dualbranch import DualBranchConfig, DualBranchModel
-from dualbranch.data.packing import pack
+from dualbranch.convert.rounding import input_grams
+from dualbranch.data.packing import Rows, pack
 from dualbranch.distill.cut import init_from_teacher, kept_layers, layer_views, ridge, top_heads
 from kernels import SparseSpec
 
@@ -26,11 +27,15 @@ def teacher() -> DualBranchModel:
     return model
 
 
+def rows_of(seq_len: int) -> Rows:
+    """The same 16 documents of 40 tokens, one a row; the rest of the row is padding."""
+    generator = torch.Generator().manual_seed(0)
+    return pack([(torch.randint(1, 64, (40,), generator=generator).tolist(), [0.0] + [1.0] * 39) for _ in range(16)], seq_len, 8, 0)
+
+
 @pytest.fixture
 def rows():
-    generator = torch.Generator().manual_seed(0)
-    examples = [(torch.randint(1, 64, (40,), generator=generator).tolist(), [0.0] + [1.0] * 39) for _ in range(16)]
-    return pack(examples, 48, 8, 0)
+    return rows_of(48)
 
 
 def distance(a: DualBranchModel, b: DualBranchModel, rows, route: str) -> float:
@@ -91,6 +96,19 @@ def test_permuting_neurons_leaves_the_cut_function_unchanged(teacher, rows):
     torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
+def test_padding_is_no_calibration_text(teacher):
+    few, many = rows_of(40), rows_of(72)
+    a, b = DualBranchModel(STUDENT), DualBranchModel(STUDENT)
+    init_from_teacher(a, teacher, few)
+    init_from_teacher(b, teacher, many)
+    with torch.no_grad():
+        x, y = (m(few.tokens, "fast", doc_start=few.doc_start).logits for m in (a, b))
+    torch.testing.assert_close(x, y, atol=1e-3, rtol=1e-3)
+    a, b = (input_grams(a, rows) for rows in (few, many))
+    for name, gram in a.items():
+        torch.testing.assert_close(gram, b[name], atol=1e-3, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_every_kv_group_keeps_as_many_heads():
     assert top_heads(torch.tensor([9.0, 8.0, 7.0, 1.0, 2.0, 3.0]), 2, 4).tolist() == [0, 1, 4, 5]
 
@@ -120,7 +138,7 @@ def test_a_student_that_cannot_be_cut_is_refused_naming_the_setting(teacher, row
 
 def test_layer_views_replay_the_forward_pass(teacher, rows):
     with torch.no_grad():
-        expected = teacher(rows.tokens, doc_start=rows.doc_start).hidden.flatten(0, 1)
+        expected = teacher(rows.tokens, doc_start=rows.doc_start).hidden[rows.real]
     block, last = list(layer_views(teacher, rows))[-1]
     with torch.no_grad():
         mid = last.x + block.slow.w_o(block.slow.attend(last.h, last.tokens, *last.keys))

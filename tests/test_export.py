@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import importlib.util
 import json
+import os
+import shutil
 import warnings
+from pathlib import Path
 
 import public_models
 import pytest
@@ -273,9 +277,48 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="something already"):
+    with pytest.raises(ValueError, match="m exists already"):
         export(model, TOK, tmp_path / "m")
     assert (tmp_path / "m" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("to", ["safetensors", "hf"])
+def test_an_export_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch, to):
+    def interrupted(path, *args):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    for module in ("dualbranch.checkpoint", "dualbranch.convert.export"):
+        monkeypatch.setattr(f"{module}.save_tensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(random_model(DENSE), TOK, tmp_path / "m", to=to)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [("import",), ("quantize",), ("export",), ("export", "--to", "hf"), ("export", "--to", "gguf")])
+def test_an_empty_folder_on_another_disk_may_be_written_to(tmp_path, monkeypatch, capsys, command):
+    from dualbranch.checkpoint import save_checkpoint
+    from dualbranch.cli import main
+
+    save_checkpoint(tmp_path / "model", random_model(DENSE), TOK)
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    disk.mkdir()
+    link.symlink_to(disk)
+
+    def within_a_disk(move):
+        def moved(a, b):
+            if (disk in Path(a).resolve().parents) != (disk in Path(b).resolve().parents):
+                raise OSError(errno.EXDEV, "Invalid cross-device link")
+            return move(a, b)
+
+        return moved
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, within_a_disk(getattr(os, name)))
+    assert main([command[0], str(tmp_path / "model"), "--out", str(link), *command[1:]]) == 0, capsys.readouterr().err
+    assert link.is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["disk", "link", "model"]
+    assert not [p.name for p in disk.iterdir() if p.name.startswith(".")]
+    load(disk / "link-float32.gguf" if "gguf" in command else disk)
 
 
 def test_the_card_states_sizes_and_only_what_was_measured(tmp_path):
@@ -299,7 +342,30 @@ def test_the_command_exports_what_it_says_and_explains_mistakes(tmp_path, capsys
     assert main([*args, "--to", "gguf", "--dtype", "q8_0", "--evaluation", str(tmp_path / "e.json"), "--licence", "CC0"]) == 0
     assert "slow branch as gguf of the family llama, q8_0" in capsys.readouterr().out
     assert (tmp_path / "x" / "x-q8_0.gguf").is_file() and "| perplexity | 7.25 |" in (tmp_path / "x" / "README.md").read_text()
-    assert main([*args, "--to", "gguf"]) == 2 and "something already" in capsys.readouterr().err
+    assert main([*args, "--to", "gguf"]) == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_the_card_has_the_runs_numbers_only_where_it_is_the_model_the_run_evaluated(tmp_path, capsys):
+    from dualbranch.checkpoint import save_checkpoint
+    from dualbranch.cli import main
+
+    run = tmp_path / "run"
+    save_checkpoint(run / "teacher", random_model(DENSE), TOK)
+    save_checkpoint(run / "student", random_model(DUAL), TOK)
+    save_checkpoint(run / "gate", random_model(DUAL), TOK)
+    route = {"route": "slow", "budget": None, "slow_share": 1.0, "flops": 1e6, "perplexity": 3.21, "of_slow": 1.0}
+    (run / "evaluation.json").write_text(json.dumps({"text": {"stories": {"routes": [route]}}}))
+    for name, has_numbers in ((".", True), ("gate", True), ("student", False), ("teacher", False)):
+        out = tmp_path / f"card of {name}"
+        assert main(["export", str(run / name), "--out", str(out)]) == 0
+        assert ("perplexity 3.21" in (out / "README.md").read_text()) == has_numbers, name
+    for content in ("[1]", "not JSON", '{"text": {"x": {"ppl": 1}}}', '{"text": {"x": 3}}', '{"recall": [{"distance": 5}]}'):
+        (run / "evaluation.json").write_text(content)
+        capsys.readouterr()
+        assert main(["export", str(run), "--out", str(tmp_path / "x")]) == 2 and "evaluation.json: not" in capsys.readouterr().err, content
+        assert not (tmp_path / "x").exists()
+        assert main(["export", str(run / "teacher"), "--out", str(tmp_path / "y")]) == 0
+        shutil.rmtree(tmp_path / "y")
 
 
 def test_exporting_leaves_the_model_alone_and_shares_its_memory():

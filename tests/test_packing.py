@@ -80,6 +80,7 @@ def test_padding_belongs_to_harmless_aligned_documents(packing):
     assert (rows.doc_start >= 0).all() and (rows.doc_start <= position).all()
     assert (rows.doc_start % align == 0).all()
     padding = rows.tokens == PAD
+    assert torch.equal(rows.real, ~padding)
     assert (rows.loss_weights[padding] == 0).all() and (rows.targets[padding] == PAD).all()
     # no real token has padding before it in its own document
     for r, t in (~padding).nonzero().tolist():

@@ -12,7 +12,7 @@ from dualbranch import DualBranchConfig, DualBranchModel
 from dualbranch.accounting import total_params
 from dualbranch.convert import families
 from dualbranch.convert.prune import choose_sizes, measure, prune
-from dualbranch.data.packing import pack
+from dualbranch.data.packing import Rows, pack
 from dualbranch.precision import quantize
 from kernels import SparseSpec
 
@@ -34,17 +34,21 @@ def random_model(config: DualBranchConfig = CONFIG, seed: int = 0) -> DualBranch
     return model
 
 
+def rows_of(seq_len: int) -> Rows:
+    """The same 16 documents of 40 tokens, one a row; the rest of the row is padding."""
+    generator = torch.Generator().manual_seed(0)
+    return pack([(torch.randint(1, 64, (40,), generator=generator).tolist(), [0.0] + [1.0] * 39) for _ in range(16)], seq_len, 8, 0)
+
+
 @pytest.fixture(scope="module")
 def rows():
-    generator = torch.Generator().manual_seed(0)
-    examples = [(torch.randint(1, 64, (40,), generator=generator).tolist(), [0.0] + [1.0] * 39) for _ in range(16)]
-    return pack(examples, 48, 8, 0)
+    return rows_of(48)
 
 
 @torch.no_grad()
 def distance(a: DualBranchModel, b: DualBranchModel, rows) -> float:
-    """Mean square of the difference of logits, as a share of b's variance."""
-    x, y = (m(rows.tokens, doc_start=rows.doc_start).logits for m in (a, b))
+    """Mean square of the difference of logits of real tokens, as a share of b's variance."""
+    x, y = (m(rows.tokens, doc_start=rows.doc_start).logits[rows.real] for m in (a, b))
     return float((x - y).square().mean() / y.var())
 
 
@@ -158,6 +162,17 @@ def test_groups_stay_whole_and_fewer_heads_per_group_can_be_asked_for(rows):
     assert one_group.n_kv_heads == 1 and one_group.n_heads < 6
 
 
+@pytest.mark.parametrize("changes", [{}, GEMMA])
+def test_padding_is_no_calibration_text(changes):
+    model, few, many = random_model(dataclasses.replace(CONFIG, **changes)), rows_of(40), rows_of(72)
+    a, b = (measure(model, rows) for rows in (few, many))
+    for f in dataclasses.fields(a):
+        torch.testing.assert_close(getattr(a, f.name), getattr(b, f.name), msg=lambda text, name=f.name: f"importance of {name}: {text}")
+    assert distance(*(prune(model, rows, 0.5)[0] for rows in (few, many)), few) < 1e-6
+    with pytest.raises(ValueError, match=r"rows hold 40 tokens, fewer than the 60 inputs"):
+        prune(model, many.map(lambda x: x[:1]), None, d_ff=60)
+
+
 def test_the_slow_branch_of_a_dual_model_is_what_is_pruned(rows):
     model = random_model(dataclasses.replace(CONFIG, n_stem=1))
     small, report = prune(model, rows, 0.5)
@@ -206,8 +221,6 @@ def test_what_cannot_be_had_is_named(rows):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             prune(model, rows, **kwargs)
-    with pytest.raises(ValueError, match=r"rows hold 48 tokens, fewer than the 60 inputs"):
-        prune(model, rows.map(lambda x: x[:1]), None, d_ff=60)
     with torch.no_grad():
         model.embed.weight[3] = float("nan")
     with pytest.raises(ValueError, match="isn't finite"):

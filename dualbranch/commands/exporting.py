@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from dualbranch.checkpoint import LoadedModel, load
+from dualbranch.checkpoint import LoadedModel, final_student, load
 from dualbranch.cli import add_model
 from dualbranch.data.packing import Rows
+from dualbranch.storage import parse_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +31,11 @@ def run(args: argparse.Namespace) -> int:
 
     evaluation = None
     if args.evaluation is not None:
-        evaluation = json.loads(Path(args.evaluation).read_text(encoding="utf-8"))
+        evaluation = parse_json(Path(args.evaluation), Path(args.evaluation).read_bytes())
         if not isinstance(evaluation, dict):
             raise ValueError(f"{args.evaluation}: a {type(evaluation).__name__}, needed a JSON object: what was measured -> number or text")
     found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms)
-    if evaluation is None:
+    if evaluation is None and final_student(found.folder.parent) == found.folder:  # what the run evaluated
         evaluation = measured(found.folder.parent / "evaluation.json")
     known = PIP_MODELS.get(args.model)
     base, rows, default, made = None, None, ("slow", "float32"), f"From `{args.model}`."
@@ -79,17 +79,19 @@ def base_of(found: LoadedModel) -> tuple[tuple[str, LoadedModel], Rows, str]:
 
 
 def measured(path: Path) -> dict[str, str] | None:
-    """What a run's evaluation says about text and recall, for a model card; None where there is none."""
+    """What a run's evaluation says about text and recall, for a model card; None where there is none. Raises ValueError where it isn't a run's."""
     if not path.is_file():
         return None
-    evaluation = json.loads(path.read_text(encoding="utf-8"))
-    rows = {}
-    for name, text in evaluation.get("text", {}).items():
-        for r in text["routes"]:
-            share = "" if r["budget"] is None else f" at {r['slow_share']:.0%} slow tokens"
-            cost = f"{r['flops'] / text['routes'][0]['flops']:.0%} of the FLOPs"
-            rows[f"{name}, {r['route']}{share}"] = f"perplexity {r['perplexity']:.2f}, {r['of_slow']:.3f} of slow, {cost}"
-    for r in evaluation.get("recall", []):
-        budget = "" if r["budget"] is None else f" {r['budget']:g}"
-        rows[f"recall at {r['distance']} tokens, {r['route']}{budget}"] = f"{r['accuracy']:.0%} of {r['n']}"
+    evaluation, rows = parse_json(path, path.read_bytes()), {}
+    try:
+        for name, text in evaluation.get("text", {}).items():
+            for r in text["routes"]:
+                share = "" if r["budget"] is None else f" at {r['slow_share']:.0%} slow tokens"
+                cost = f"{r['flops'] / text['routes'][0]['flops']:.0%} of the FLOPs"
+                rows[f"{name}, {r['route']}{share}"] = f"perplexity {r['perplexity']:.2f}, {r['of_slow']:.3f} of slow, {cost}"
+        for r in evaluation.get("recall", []):
+            budget = "" if r["budget"] is None else f" {r['budget']:g}"
+            rows[f"recall at {r['distance']} tokens, {r['route']}{budget}"] = f"{r['accuracy']:.0%} of {r['n']}"
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: not the evaluation of a run ({type(error).__name__}: {error}); move it away, or give --evaluation") from error
     return {f"{name} (as trained, fp32)": value for name, value in rows.items()} or None

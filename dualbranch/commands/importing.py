@@ -6,11 +6,11 @@ Smaller types round the weights, and of Gemma the norms even where its own files
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from dualbranch.checkpoint import load, save_checkpoint
 from dualbranch.cli import add_model
 from dualbranch.convert import families
+from dualbranch.storage import new_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,10 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    folder = Path(args.out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already; give --out another folder")
-    found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms, dense=True)
+    folder = new_folder(args.out)
+    found = load(args.model, dtype=args.dtype, accept_terms=args.accept_gemma_terms, dense=True)
     save_checkpoint(folder, found.model, found.tokenizer, found.extra, args.dtype)
     c = found.model.config
     print(f"{folder}: {sum(p.numel() for p in found.model.parameters()):,} parameters, {c.n_layers} layers of width {c.d_model}, {c.vocab_size:,} tokens")

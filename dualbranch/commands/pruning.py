@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from dualbranch.checkpoint import load, save_checkpoint
 from dualbranch.cli import add_model
-from dualbranch.storage import write_text
+from dualbranch.storage import new_folder, write_text
 
 #: The argument of each size that can be given.
 SIZES = {"layers": "n_layers", "width": "d_model", "heads": "n_heads", "kv-heads": "n_kv_heads", "ff": "d_ff"}
@@ -31,15 +30,13 @@ def run(args: argparse.Namespace) -> int:
     from dualbranch.data.packing import pack
     from dualbranch.distill.sources import text_documents
 
-    folder = Path(args.out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already; give --out another folder")
+    folder = new_folder(args.out)
     if args.rows < 1:
         raise ValueError(f"--rows is {args.rows}, needed at least 1")
     found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms, dense=True)
     documents = text_documents(found.tokenizer, tuple(args.text), () if args.text else ("wikipedia",), "train", args.seq_len)
     rows = pack(documents, args.seq_len, found.model.config.sparse.block_size, found.tokenizer.pad_id).map(lambda x: x[: args.rows])
-    n_tokens = int((rows.tokens != found.tokenizer.pad_id).sum())
+    n_tokens = int(rows.real.sum())
     sizes = {field: getattr(args, field) for field in SIZES.values()}
     model, report = prune(found.model, rows, args.share, **sizes, refit=not args.no_refit)
     report["calibration"] = {"tokens": n_tokens, "text": args.text or ["wikipedia"]}

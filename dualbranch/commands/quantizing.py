@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from dualbranch.checkpoint import load, save_checkpoint
 from dualbranch.cli import add_model
+from dualbranch.storage import new_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dualbranch.precision import parse_precision, quantize
 
-    out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; give a folder that doesn't, or an empty one")
+    out = new_folder(args.out)
     if set(parse_precision(args.precision).values()) == {"fp32"}:
         raise ValueError("precision fp32 is what a model has; give bf16, int8, int8-dynamic or int4")
     found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms)

@@ -32,7 +32,7 @@ from dualbranch.convert import delta, families, gguf_writer
 from dualbranch.convert.huggingface import WEIGHTS
 from dualbranch.data.packing import Rows
 from dualbranch.model import DualBranchModel
-from dualbranch.storage import write_text
+from dualbranch.storage import new_folder, write_text
 from dualbranch.tensor_file import DTYPES, save_tensors
 from dualbranch.tokenizer import TokenizerBase
 from dualbranch.tokenizer_hf import hf_files
@@ -68,15 +68,13 @@ def export(
     for it, `rows` calibration text for its rounding. The result: `params`, `files` (name -> bytes), `bytes`, `params_read` and `flops` per token, `family`,
     `dtype`, `folder`.
 
-    All or nothing: written beside `folder` and renamed. Raises ValueError: an unknown branch, format or dtype, a folder that holds something already, a
-    branch the model doesn't have or the format can't hold (naming the field), weights that aren't finite in `dtype`.
+    All or nothing: written beside `folder` (inside, where it is there and empty) and renamed. Raises ValueError: an unknown branch, format or dtype, a folder
+    that holds something already, a branch the model doesn't have or the format can't hold (naming the field), weights that aren't finite in `dtype`.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = new_folder(os.path.abspath(folder))
     for what, value, known in (("branch", branch, BRANCHES), ("to", to, FORMATS), ("dtype", dtype, FORMATS.get(to, ()))):
         if value not in known:
             raise ValueError(f"{what} is {value!r}, needed one of {', '.join(known)}{f' (to {to})' if what == 'dtype' else ''}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: there is something already; give a new folder")
     if branch == "dual" and model.config.is_dense:
         raise ValueError("branch is 'dual', but the model has no fast branch; export its slow branch, or convert it first")
     if model.precision != "fp32" and not (to == "safetensors" and (branch == "dual" or model.config.is_dense)):
@@ -85,7 +83,8 @@ def export(
         raise ValueError("a delta is branch 'dual' without the model it was converted from; give that model as well")
     check_vocab(model.config, tokenizer)
     name = name or folder.name
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    # An empty folder stays the one it is: a mount point, perhaps, or a link to another disk.
+    temporary = folder / ".export.tmp" if folder.exists() else folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         hf_config = None
@@ -109,8 +108,10 @@ def export(
         sizes |= {"base": base[0]} if to == "delta" else {}
         write_text(temporary / "README.md", _card(name, part.config, sizes, licence, made, evaluation))
         if folder.exists():
-            folder.rmdir()  # empty
-        os.rename(temporary, folder)
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "manifest.json"):  # the manifest last
+                os.replace(path, folder / path.name)
+        else:
+            os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return sizes

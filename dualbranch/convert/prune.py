@@ -63,7 +63,7 @@ def prune(
     source = slow_model(model)
     given = {"n_layers": n_layers, "d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_ff": d_ff}
     small = choose_sizes(source.config, target_share, **{name: size for name, size in given.items() if size is not None})
-    n_tokens, n_inputs = rows.tokens.numel(), max(small.d_ff, small.n_heads * small.head_dim)
+    n_tokens, n_inputs = int(rows.real.sum()), max(small.d_ff, small.n_heads * small.head_dim)
     whole = all(getattr(small, name) == getattr(source.config, name) for name in given)
     if refit and not whole and n_tokens < n_inputs:
         raise ValueError(f"rows hold {n_tokens} tokens, fewer than the {n_inputs} inputs of a matrix to refit; give more text, or refit=False")
@@ -266,7 +266,7 @@ def _fill(
     pruned.embed.weight.copy_(source.embed.weight[:, channels] * scale)
     if source.head is not None:
         pruned.head.weight.copy_(source.head.weight[:, channels])
-    x, open_layer, n, final = pruned.embed(rows.tokens).flatten(0, 1), None, 0, None
+    x, open_layer, n, final = pruned.embed(rows.tokens[rows.real]), None, 0, None
     for i, (block, view) in enumerate(layer_views(source, rows)):
         if i == len(source.blocks) - 1:
             final = _outputs(block, view)[2]

@@ -17,12 +17,12 @@ from dualbranch.packed import GROUP, quantize_groups
 def input_grams(model: DualBranchModel, rows: Rows) -> dict[str, Tensor]:
     """What each linear layer of the fast branches sees on route fast: name -> `(K, K)`, the sum over the tokens of `rows` of `x x^T`."""
     grams: dict[str, Tensor] = {}
-    hooks = []
+    hooks, real = [], rows.real.flatten()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".fast." in name:
 
             def add(_module: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
-                x = inputs[0].flatten(0, -2).float()
+                x = inputs[0].flatten(0, -2)[real].float()
                 grams[name] = grams.get(name, 0) + x.T @ x
 
             hooks.append(module.register_forward_pre_hook(add))

@@ -28,6 +28,7 @@ class Rows:
         targets (R, T) int64: the next token of the same document; `pad_id` where there is none.
         loss_weights (R, T) float32: weight of predicting `targets` at this position; 0 where there is none.
         doc_start (R, T) int64: index in the row of the first token of this token's document, a multiple of `align`.
+        real (R, T) bool: a document's token, not padding.
         n_documents: documents packed.
         n_tokens: tokens of the packed documents, without padding.
     """
@@ -36,6 +37,7 @@ class Rows:
     targets: torch.Tensor
     loss_weights: torch.Tensor
     doc_start: torch.Tensor
+    real: torch.Tensor
     n_documents: int
     n_tokens: int
 
@@ -44,7 +46,7 @@ class Rows:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Rows":
         """The same documents with every tensor changed: moved to a device, or some of the rows."""
-        return replace(self, **{name: change(getattr(self, name)) for name in ("tokens", "targets", "loss_weights", "doc_start")})
+        return replace(self, **{name: change(getattr(self, name)) for name in ("tokens", "targets", "loss_weights", "doc_start", "real")})
 
     @property
     def efficiency(self) -> float:
@@ -96,6 +98,7 @@ def pack(examples: Iterable[Example], seq_len: int, align: int, pad_id: int) -> 
     targets = np.full(n_rows * seq_len, pad_id, dtype=np.int64)
     loss_weights = np.zeros(n_rows * seq_len, dtype=np.float32)
     doc_start = np.zeros(n_rows * seq_len, dtype=np.int64)
+    real = np.zeros(n_rows * seq_len, dtype=bool)
     n_tokens = 0
     if n_documents:
         lengths = np.array([len(p) for p in ids_parts])
@@ -105,6 +108,7 @@ def pack(examples: Iterable[Example], seq_len: int, align: int, pad_id: int) -> 
         first = np.cumsum(lengths) - lengths  # of each document, in the concatenation
         position = np.arange(n_tokens) + np.repeat(starts - first, lengths)
         tokens[position] = flat_ids
+        real[position] = True
         is_first = np.zeros(n_tokens, dtype=bool)
         is_first[first] = True
         targets[position[~is_first] - 1] = flat_ids[~is_first]
@@ -122,6 +126,7 @@ def pack(examples: Iterable[Example], seq_len: int, align: int, pad_id: int) -> 
         targets=torch.from_numpy(targets).view(n_rows, seq_len),
         loss_weights=torch.from_numpy(loss_weights).view(n_rows, seq_len),
         doc_start=torch.from_numpy(np.ascontiguousarray(doc_start)).view(n_rows, seq_len),
+        real=torch.from_numpy(real).view(n_rows, seq_len),
         n_documents=n_documents,
         n_tokens=n_tokens,
     )

@@ -29,7 +29,7 @@ DIALECT = tuple(f.name for f in dataclasses.fields(DualBranchConfig) if f.name n
 
 @dataclass(frozen=True)
 class LayerView:
-    """One teacher layer on calibration tokens: `x (N, E)` the stream entering it, `h` its norm, the keys, and who the tokens are."""
+    """One teacher layer on the N calibration tokens that aren't padding: `x (N, E)` the stream entering it, `h` its norm, the keys, and who the tokens are."""
 
     x: Tensor
     h: Tensor
@@ -93,16 +93,16 @@ def cut_branch(target: Branch, source: Branch, view: LayerView, n_kv_heads: int)
 
 
 def view_of(block: Block, x: Tensor, tokens: TokenGroup, rows: Rows) -> LayerView:
-    """What `block` sees of the stream `x (N, E)` of packed `rows`, whose tokens are `tokens`."""
+    """What `block` sees of the stream `x (N, E)` of packed `rows`, whose real tokens are `tokens`."""
     h = block.attn_norm(x)
-    return LayerView(x, h, NoCache(*rows.tokens.shape).layer(0, None)(*block.kv(h, *tokens.angles(block.sliding))), tokens)
+    return LayerView(x, h, NoCache(*rows.tokens.shape).layer(0, tokens.cells)(*block.kv(h, *tokens.angles(block.sliding))), tokens)
 
 
 @torch.no_grad()
 def slow_pass(model: DualBranchModel, rows: Rows) -> Iterator[tuple[Block, LayerView, Tensor]]:
-    """Runs `model` all-slow on packed `rows`; yields each block, what it sees, and the stream `(N, E)` that leaves it."""
-    tokens = model._place(rows.tokens, None, None, rows.doc_start)[0].whole()
-    x = model.embed(rows.tokens).flatten(0, 1)
+    """Runs `model` all-slow on packed `rows`; yields each block, what it sees, and the stream `(N, E)` that leaves it. Padding is left out."""
+    tokens = model._place(rows.tokens, None, None, rows.doc_start)[0].subset(rows.real.flatten().nonzero().squeeze(1))
+    x = model.embed(rows.tokens[rows.real])
     for block in model.blocks:
         view = view_of(block, x, tokens, rows)
         x = block.slow(x, view.h, tokens, *view.keys)

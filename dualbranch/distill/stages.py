@@ -211,7 +211,7 @@ def kept_loss(model: DualBranchModel, original: DualBranchModel, rows: Rows, pla
 
 
 def is_plain(tok: Tokenizer, rows: Rows) -> Tensor:
-    """`(R, T)` bool: tokens of documents in which no turn ends. Padding counts as one."""
+    """`(R, T)` bool: tokens of documents in which no turn ends (of padding it means nothing)."""
     ends = (rows.tokens == chat_format(tok).end[0]).long()
     return torch.zeros_like(ends).scatter_add(1, rows.doc_start, ends).gather(1, rows.doc_start) == 0
 
