@@ -15,13 +15,11 @@ import torch
 from public_models import write_gguf
 
 from dualbranch import load
-from dualbranch.chat import render_conversation, render_prompt
+from dualbranch.chat import render_prompt
 from dualbranch.checkpoint import load_checkpoint
-from dualbranch.data.packing import pack
-from dualbranch.data.problem import sample_problem, split_of, verify
+from dualbranch.data.problem import split_of, verify
 from dualbranch.distill import pipeline, self_training, stages, trainer
 from dualbranch.distill.config import RunConfig, load_run
-from dualbranch.distill.losses import token_kl
 from dualbranch.evaluate import leaks_reasoning
 from dualbranch.generate import generate_batch
 from dualbranch.modes import resolve
@@ -194,46 +192,6 @@ def test_new_tokens_are_fitted_unless_a_whole_state_holds_them(public, tmp_path,
     monkeypatch.setattr(stages, "train", lambda *args: None)
     stages.train_teacher(dataclasses.replace(c, model=dataclasses.replace(c.model, vocab_size=tok.vocab_size)), tok, tmp_path, print, torch.device("cpu"))
     assert bool(calls) is fitted
-
-
-def test_plain_text_is_kept_by_its_distribution_and_the_rest_is_taught(public):
-    original, model = load(public).model, load(public).model
-    tok = load(public).tokenizer
-    chat, _ = render_conversation(tok, [sample_problem(random.Random(0), "arithmetic", "easy", "en", "train")], [False])
-    text = tok.encode("The river rises in the hills, and the town lies below.")
-    weights = [0.0, *[1.0] * (len(chat) - 1)]
-    rows = pack([(text, [0.0, *[1.0] * (len(text) - 1)]), (chat, weights)], 256, 16, tok.pad_id)
-    plain = stages.is_plain(tok, rows)
-    assert rows.tokens[~plain & rows.real].tolist() == chat
-    scored = rows.loss_weights > 0
-    losses = stages.kept_loss(model, original, rows, plain, 2.0)
-    assert float(losses["kept"]) == pytest.approx(0.0, abs=1e-4), "it is the original"
-    only_chat = dataclasses.replace(rows, loss_weights=rows.loss_weights.masked_fill(plain, 0.0))
-    assert float(losses["hard"]) == pytest.approx(float(stages.text_loss(model, only_chat)), rel=1e-5)
-    with torch.no_grad():
-        model.norm.weight.mul_(1.3)
-        expected = token_kl(*(m(rows.tokens, doc_start=rows.doc_start).logits[scored & plain] for m in (original, model))).sum()
-    assert float(expected) > 0.1
-    assert float(stages.kept_loss(model, original, rows, plain, 2.0)["kept"]) == pytest.approx(2 * float(expected), rel=1e-4)
-
-
-def test_a_teacher_that_keeps_text_stays_nearer_to_its_original_there(public, tmp_path):
-    (text := tmp_path / "text.txt").write_text("\n\n".join(f"The river rises in hill {i}, and town {i + 1} lies below it." for i in range(60)), "utf-8")
-    moved = []
-    for name, keep in (("taught", 0.0), ("kept", 20.0)):
-        changes = (f"teacher.keep={keep}", "data.text_share=0.9", f"data.text=[{text}]", "teacher.blend=1")
-        c = config(public, tmp_path / name, "teacher.steps=6", *changes, "until=teacher")
-        pipeline.run(c)
-        trained, original = load_checkpoint(c.folder / "teacher")[0], load(public).model
-        tokens = torch.tensor([load(public).tokenizer.encode("The river rises in the hills, and the town lies below.")])
-        with torch.no_grad():
-            moved.append(float(token_kl(original(tokens).logits[0], trained(tokens).logits[0]).mean()))
-    assert moved[1] < 0.7 * moved[0]
-
-
-def test_keeping_needs_an_original(public, tmp_path):
-    with pytest.raises(ValueError, match="knowledge to keep"):
-        config(public, tmp_path, "teacher.keep=1", "teacher.blend=1", "teacher.init=null")
 
 
 @pytest.mark.parametrize("stays", [0.0, 0.25, 1.0])

@@ -109,8 +109,6 @@ class TeacherConfig:
     `blend` below 1: after a share `blend_at` of the steps the weights go back towards those of `init`, as far as that only the share `blend` of what training
     changed is left (Wortsman et al. 2022), and the other steps train on from there: what was forgotten comes back, what was learned mostly stays.
 
-    `keep` above 0: of plain text the weights don't learn the next token but `init`'s distribution over it, `keep` times as strongly.
-
     After a share `1 - decide` of the steps the teacher answers `n_assess` training problems without reasoning; the rest of the steps
     also teach it to decide: `<think>` where its direct answer was wrong.
     """
@@ -124,7 +122,6 @@ class TeacherConfig:
     verify: bool = True
     blend: float = 1.0
     blend_at: float = 0.8
-    keep: float = 0.0
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     @property
@@ -217,7 +214,7 @@ RANGES = [
         "threads", "data.self_text", "data.workers", "data.answer_weight", "data.levels_start", "data.levels_end", "teacher.steps", "teacher.n_solutions",
         "student.steps", "student.routes", "student.soft", "student.hard", "student.align", "student.refit_rows", "student.distinct_batches",
         "student.cache_logits", "gate.rows", "gate.steps", "gate.calibration_rows", "gate.n_problems", "evaluation.n_problems", "evaluation.n_shifted",
-        "teacher.keep", "evaluation.routing_rows", "evaluation.n_recall",
+        "evaluation.routing_rows", "evaluation.n_recall",
     )),
     *((path, 0, 1) for path in (
         "data.text_share", "data.reasoning_gym_share", "data.thinking", "data.multi_turn", "data.curriculum", "teacher.decide",
@@ -260,8 +257,6 @@ class RunConfig:
             raise ValueError(f"data.batch_rows ({self.data.batch_rows}) must be a multiple of every optim.micro_batches")
         if self.teacher.blend < 1 and self.teacher.init is None:
             raise ValueError(f"teacher.blend is {self.teacher.blend}, but there is no teacher.init to blend with; leave it out")
-        if self.teacher.keep and self.teacher.init is None:
-            raise ValueError(f"teacher.keep is {self.teacher.keep}, but there is no teacher.init whose knowledge to keep; leave it out")
         s = self.student
         if s.checkpoint and (s.init, s.freeze_slow) not in (("teacher", True), ("smaller", False)):
             raise ValueError(

@@ -100,13 +100,12 @@ def snapshot(model: DualBranchModel) -> DualBranchModel:
 def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log, device: torch.device) -> DualBranchModel:
     """A dense decoder trained on the generator with and without reasoning, then to decide between the two by its own results."""
     t = config.teacher
-    model, new, original = DualBranchModel(dense_config(config.model)), [], None
+    model, new = DualBranchModel(dense_config(config.model)), []
     if t.init is None:
         model.init_weights(config.seed)
     else:
         found = load(t.init, dtype=torch.float32, dense=True)
-        original = found.model.to(device).requires_grad_(False)
-        model.load_state_dict(original.state_dict())
+        model.load_state_dict(found.model.state_dict())
         if tok.thinks and not found.tokenizer.thinks:
             new = [tok.control["<think>"], tok.control["</think>"]]
             start_tokens(model, new, config.seed)
@@ -117,13 +116,11 @@ def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log, dev
     ahead = Prefetcher(lambda step: data.batch(step, progress=step / t.steps), t.steps, config.data.workers)
 
     def loss(rows: Rows, step: int) -> dict[str, Tensor]:
-        if not t.keep:
-            return {"hard": text_loss(model, rows)}
-        return kept_loss(model, original, rows, is_plain(tok, rows), t.keep)
+        return {"hard": text_loss(model, rows)}
 
     def batch(step: int) -> Rows:
         if t.blend < 1 and step == t.step_back:
-            go_back(model, original, t.blend, new)
+            go_back(model, load(t.init, dtype=torch.float32, dense=True).model, t.blend, new)
         if step >= t.first_decision and config.data.has_problems and not data.needs_thinking:
             if not assessment(folder):
                 assess(snapshot(model), tok, data, t.n_assess, folder / ASSESSMENT, log)
@@ -196,24 +193,6 @@ def text_loss(model: DualBranchModel, rows: Rows) -> Tensor:
     scored = rows.loss_weights > 0
     logits = model(rows.tokens, doc_start=rows.doc_start, logits_at=scored).logits
     return hard_loss(logits, rows.targets[scored], rows.loss_weights[scored])
-
-
-def kept_loss(model: DualBranchModel, original: DualBranchModel, rows: Rows, plain: Tensor, keep: float) -> dict[str, Tensor]:
-    """`text_loss` of what is taught; of the tokens in `plain (R, T)` bool, `keep` times the KL divergence of the next token from `original`'s instead: what a
-    model knows is kept by its own distribution better than by one continuation (learning without forgetting, Li and Hoiem 2016)."""
-    scored = rows.loss_weights > 0
-    on_plain, weights = plain[scored], rows.loss_weights[scored]
-    logits = model(rows.tokens, doc_start=rows.doc_start, logits_at=scored).logits
-    with torch.no_grad():
-        goal = original(rows.tokens, doc_start=rows.doc_start, logits_at=scored & plain).logits
-    taught = hard_loss(logits[~on_plain], rows.targets[scored][~on_plain], weights[~on_plain])
-    return {"hard": taught, "kept": keep * distill_loss(goal, logits[on_plain], weights[on_plain])}
-
-
-def is_plain(tok: Tokenizer, rows: Rows) -> Tensor:
-    """`(R, T)` bool: tokens of documents in which no turn ends (of padding it means nothing)."""
-    ends = (rows.tokens == chat_format(tok).end[0]).long()
-    return torch.zeros_like(ends).scatter_add(1, rows.doc_start, ends).gather(1, rows.doc_start) == 0
 
 
 def assessment(folder: Path) -> list[bool]:
