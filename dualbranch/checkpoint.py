@@ -94,7 +94,7 @@ def save_checkpoint(
     new, old = _sibling(folder, "new"), _sibling(folder, "old")
     _finish_swap(folder)
     nothing_there = folder.is_dir() and not (folder / "manifest.json").exists()
-    temporary = folder / ".checkpoint.tmp" if nothing_there else _sibling(folder, "tmp")  # the folder may be a mount point, or a link to another disk
+    temporary = folder / storage.UNFINISHED if nothing_there else _sibling(folder, "tmp")  # the folder may be a mount point, or a link to another disk
     for leftover in {temporary, _sibling(folder, "tmp")}:  # of a killed save
         remove(leftover)
     try:

@@ -152,10 +152,17 @@ def read_schema(folder: Path, manifest: dict, name: str, cls: type) -> Any:
         raise CheckpointError(f"{folder / name}: {error}") from error
 
 
+#: Where a folder that is there and empty is filled before everything moves up into it.
+UNFINISHED = ".unfinished.tmp"
+
+
 def new_folder(path: str | os.PathLike) -> Path:
-    """`path`, where nothing is yet or an empty folder (a mount point, say, or a link to one). Raises ValueError."""
+    """`path`, where nothing is yet or an empty folder (a mount point, say, or a link to one; what a killed command left unfinished doesn't count).
+
+    Raises ValueError.
+    """
     folder = Path(path)
-    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and (not folder.is_dir() or any(p.name != UNFINISHED for p in folder.iterdir())):
         raise ValueError(f"{folder} exists already; give a folder that doesn't, or an empty one")
     return folder
 

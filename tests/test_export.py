@@ -21,6 +21,7 @@ from dualbranch.accounting import total_params
 from dualbranch.convert import families
 from dualbranch.convert.export import export, fast_model, slow_model
 from dualbranch.precision import quantize
+from dualbranch.storage import UNFINISHED
 from kernels import SparseSpec
 
 TOK = public_models.tokenizer_of("smollm2")
@@ -302,7 +303,7 @@ def test_an_empty_folder_on_another_disk_may_be_written_to(tmp_path, monkeypatch
 
     save_checkpoint(tmp_path / "model", random_model(DENSE), TOK)
     disk, link = tmp_path / "disk", tmp_path / "link"
-    disk.mkdir()
+    (disk / UNFINISHED / "model.safetensors").mkdir(parents=True)  # of a killed command
     link.symlink_to(disk)
 
     def within_a_disk(move):

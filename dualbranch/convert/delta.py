@@ -63,7 +63,7 @@ def weights_hash(path: Path) -> str:
 def save_delta(
     folder: Path, model: DualBranchModel, base_name: str, base: LoadedModel, precision: str, extra: Mapping[str, Any] | None = None, rows: Rows | None = None
 ) -> None:
-    """Writes what `model` has beyond `base`, which `load(base_name, dense=True)` gives, into the new folder `folder`.
+    """Writes what `model` has beyond `base`, which `load(base_name, dense=True)` gives, into `folder`, new or empty.
 
     `rows`: calibration text on which 4-bit matrices are rounded with their errors in view (`rounding.py`), not each weight to the nearest.
 
@@ -85,7 +85,7 @@ def save_delta(
     if rows is not None and precision == "int4":
         for name, gram in input_grams(model, rows).items():
             part.get_submodule(name).matrix.pack(ours[f"{name}.weight"], partial(round_groups, gram=gram))
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     storage.write_text(folder / "config.json", json.dumps(to_dict(model.config), indent=1) + "\n")
     save_tensors(folder / WEIGHTS, {name: x for name, x in part.state_dict().items() if name not in theirs}, {"format": "pt"})
     if model.calibration is not None:

@@ -32,7 +32,7 @@ from dualbranch.convert import delta, families, gguf_writer
 from dualbranch.convert.huggingface import WEIGHTS
 from dualbranch.data.packing import Rows
 from dualbranch.model import DualBranchModel
-from dualbranch.storage import new_folder, write_text
+from dualbranch.storage import UNFINISHED, new_folder, write_text
 from dualbranch.tensor_file import DTYPES, save_tensors
 from dualbranch.tokenizer import TokenizerBase
 from dualbranch.tokenizer_hf import hf_files
@@ -84,9 +84,10 @@ def export(
     check_vocab(model.config, tokenizer)
     name = name or folder.name
     # An empty folder stays the one it is: a mount point, perhaps, or a link to another disk.
-    temporary = folder / ".export.tmp" if folder.exists() else folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = folder / UNFINISHED if folder.exists() else folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
+        temporary.mkdir(parents=True)
         hf_config = None
         if to == "safetensors":
             part = {"slow": slow_model, "fast": fast_model, "dual": lambda m: m}[branch](model)
@@ -100,7 +101,6 @@ def export(
             if to == "hf":
                 _write_hf(temporary, part, hf_config, tokenizer, dtype)
             else:
-                temporary.mkdir(parents=True)
                 tensors = families.hf_tensors(part, hf_config)
                 gguf_writer.write_gguf(temporary / f"{folder.name}-{dtype}.gguf", part.config, hf_config, tensors, tokenizer, dtype, name)
         sizes = _sizes(part.config, branch, temporary)
@@ -178,7 +178,7 @@ def _write_hf(folder: Path, model: DualBranchModel, hf_config: dict[str, Any], t
         tensors[name] = load().to(DTYPES[dtype])
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"tensor {name} holds NaN or infinity as {dtype}; export it as float32")
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     stops = sorted(getattr(tokenizer, "stop_ids", None) or {tokenizer.end_id})
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops, "pad_token_id": tokenizer.pad_id}
