@@ -2,8 +2,9 @@
 
 A CPU with VNNI multiplies 8-bit integers twice as fast as bf16, and feed-forwards are three quarters of a layer's products. Each token's activations are
 scaled by their own largest ("dynamic"). So that a few large channels don't take all the bits, part of their size is first moved into the weights, by what
-a calibration text shows: `smooth`, after SmoothQuant (Xiao et al. 2023, arXiv 2211.10438). Attention's matrices keep bf16 activations: their inputs round
-worst (docs/experiments.md). Few tokens, and CPUs without VNNI, are computed as at int8. `precision.py` puts these modules into a model.
+a calibration text shows: `smooth`, after SmoothQuant (Xiao et al. 2023, arXiv 2211.10438). Attention's matrices keep bf16 activations: a quarter of
+the products, for as much perplexity again (docs/experiments.md). Few tokens, and CPUs without VNNI, are computed as at int8. `precision.py` puts these
+modules into a model.
 """
 
 from __future__ import annotations
