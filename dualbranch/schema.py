@@ -21,6 +21,8 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
+from dualbranch.whole_file import whole_file
+
 T = TypeVar("T")
 
 BASE_KEY = "base"
@@ -95,18 +97,9 @@ def to_dict(obj: Any) -> Any:
 
 
 def save_yaml(path: str | os.PathLike, obj: Any) -> None:
-    """Write a dataclass (or mapping) as YAML that `load_yaml` reads back equal; temporary name, flush, rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            yaml.dump(to_dict(obj), file, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a dataclass (or mapping) as YAML that `load_yaml` reads back equal, whole or not at all. Makes the folder."""
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        yaml.dump(to_dict(obj), file, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 # ---- values to dataclasses

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dualbranch.schema import ConfigError, from_dict
+from dualbranch.whole_file import whole_file
 
 VERSION = 1
 MAX_JSON = 16 * 2**20
@@ -32,17 +33,9 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path`: temporary name in the same folder, flush, rename. Makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write `content` to `path`, whole or not at all. Makes the folder."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_manifest(folder: Path, kind: str, extra: dict[str, Any]) -> None:

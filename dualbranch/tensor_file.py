@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dualbranch.storage import MAX_JSON, CheckpointError, parse_json
+from dualbranch.whole_file import whole_file
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """What weights may be saved as."""
@@ -34,12 +35,10 @@ class TensorEntry:
 
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write `tensors` as safetensors: temporary name in the same folder, flush, rename.
+    """Write `tensors` as safetensors, whole or not at all. Makes the folder.
 
     Takes tensors of any device and layout; those that share memory are stored once each.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     plain: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -48,16 +47,11 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadat
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
         plain[name] = tensor
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        safetensors.torch.save_file(plain, temporary, dict(metadata) if metadata else None)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            safetensors.torch.save_file(plain, temporary, dict(metadata) if metadata else None)
     except SafetensorError as error:  # a full disk, say: it is no OSError there
         raise OSError(f"{path}: can't be written ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:

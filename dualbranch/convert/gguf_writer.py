@@ -26,6 +26,7 @@ from dualbranch.layers import rope_frequencies
 from dualbranch.storage import CheckpointError
 from dualbranch.tokenizer import TokenizerBase
 from dualbranch.tokenizer_hf import gguf_fields
+from dualbranch.whole_file import whole_file
 
 #: Names of dtypes -> GGUF's type of matrices. Vectors are always F32.
 DTYPES = {
@@ -56,9 +57,7 @@ def write_gguf(
     if config.sliding_layers and arch != "gemma3":  # phi3's has a field, which llama.cpp doesn't use
         raise ValueError(f"sliding_layers = {list(config.sliding_layers)[:8]}: llama.cpp has no sliding windows in {arch} models; export it as 'hf'")
     wanted = {their: (name, shape, change) for their, (name, shape, change) in _tensors(hf_config, {}).items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with whole_file(path) as temporary:
         writer = gguf.GGUFWriter(temporary, arch)
         _add_metadata(writer, arch, config, hf_config, tokenizer, dtype, name or path.stem)
         factors = _rope_factors(config)
@@ -83,11 +82,6 @@ def write_gguf(
             writer.write_tensor_data(values)
         writer.close()
         _check(temporary, config)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _changed(tensor: Tensor, change: Any) -> Tensor:

@@ -139,8 +139,8 @@ class TeacherConfig:
 class StudentConfig:
     """`init`: "teacher" (slow branch = teacher, fast branch from its most important heads and neurons), "scratch" (nothing is
     copied), "smaller" (fewer heads, neurons or layers of the teacher, of equal d_model; both branches). `checkpoint` names a model to start from
-    instead; its sizes are the student's. With "teacher" it is an earlier student of this teacher, whose fast branches train on; with "smaller" a model of
-    whatever sizes and the teacher's vocabulary, conventional ones too (a pruned one: `dualbranch prune`).
+    instead; its sizes are the student's. With "teacher" it is an earlier student of this teacher, or of one it was fine-tuned from, whose fast branches
+    train on; with "smaller" a model of whatever sizes and the teacher's vocabulary, conventional ones too (a pruned one: `dualbranch prune`).
 
     `freeze_slow` keeps the slow branch bit for bit. `routes`: shares of all-fast, mixed and all-slow batches. Loss weights: `soft` KL to
     the teacher at `temperature`, `hard` cross-entropy, `align` distance of the fast stream to the slow one.

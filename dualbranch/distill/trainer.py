@@ -26,6 +26,7 @@ from dualbranch.distill import dist
 from dualbranch.distill.config import OptimConfig
 from dualbranch.distill.optim import lr_factor, make_optimizers, set_lr
 from dualbranch.memory import keep_freed_memory
+from dualbranch.storage import write_text
 from dualbranch.training_state import load_latest_state, save_state
 from kernels import has_bf16_units
 
@@ -215,9 +216,7 @@ class MetricsLog:
                 continue
             if record.get("stage") != stage or record.get("step", 0) < step:
                 kept.append(line)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def __call__(self, record: dict) -> None:
         if dist.rank() == 0:
