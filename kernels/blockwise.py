@@ -83,11 +83,14 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Ten
     dtype = q.dtype
     if plan.rises and q.shape[1] > 1 and _has_bf16_products(q, k, v):
         return _rising_in_bf16(q, k, v, plan.cached("rising", lambda: _rising_chunks(plan.q_pos[0])))
+    if plan.q_pos.numel() == 1 and not plan.has_docs:  # decode of one sequence sees a slice
+        k, v = k[:, : plan.max_pos + 1], v[:, : plan.max_pos + 1]
+        if _has_bf16_products(q, k, v) and _is_token_major(k, v):
+            return _one_query_in_bf16(q, k, v)
+        return _sdpa(_compute(q), _compute(k), _compute(v)).to(dtype)
     q, k, v = _compute(q), _compute(k), _compute(v)
     if plan.is_prefix:
         return _sdpa(q, k, v, is_causal=True).to(dtype)
-    if plan.q_pos.numel() == 1 and not plan.has_docs:  # decode of one sequence sees a slice
-        return _sdpa(q, k[:, : plan.max_pos + 1], v[:, : plan.max_pos + 1]).to(dtype)
     if q.shape[1] == 1 and _indexable(q, k, v):
         return _dense_by_index(q, k, v, plan).to(dtype)
     k, v = _zero_unseen(k, v, plan)
@@ -136,6 +139,18 @@ def _rising_in_bf16(q: Tensor, k: Tensor, v: Tensor, chunks: list[tuple[slice, i
         scores.view(-1, G, n, last + 1)[..., last + 1 - width :] += bias
         out[:, :, part] = torch.bmm(scores.softmax(-1), v[:, : last + 1]).view(-1, G, n, D)
     return out.view(B, Hk, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+def _one_query_in_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one query q (1, 1, H, D) over all of k, v (1, S, Hk, D). Each query head is a row that is zero but at its KV head, so that two products
+    read keys and values as they lie, once, and copy nothing."""
+    _, _, H, D = q.shape
+    Hk = k.shape[2]
+    own = torch.eye(Hk, dtype=q.dtype, device=q.device)[:, None, :, None]  # (Hk, 1, Hk, 1)
+    rows = ((q * D**-0.5).view(Hk, H // Hk, 1, D) * own).view(H, Hk * D)
+    p = (rows @ k[0].flatten(1).t()).softmax(-1)
+    out = (p @ v[0].flatten(1)).view(Hk, H // Hk, Hk, D)
+    return out.diagonal(dim1=0, dim2=2).permute(2, 0, 1).reshape(1, 1, H, D)
 
 
 def _chunks(plan: AttentionPlan) -> list[tuple[int, int, int, int]]:
@@ -328,8 +343,13 @@ def _window_and_sinks(plan: AttentionPlan, spec: SparseSpec) -> tuple[int, Tenso
 
 def _indexable(q: Tensor, k: Tensor, v: Tensor) -> bool:
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    token_major = k.stride() == v.stride() and k.stride()[1:] == (k.shape[2] * k.shape[3], k.shape[3], 1)
-    return q.device.type == "cpu" and q.dtype == torch.float32 and token_major and not trained
+    plain = q.device.type == "cpu" and q.dtype == torch.float32 and not trained
+    return (plain or _has_bf16_products(q, k, v)) and _is_token_major(k, v)
+
+
+def _is_token_major(k: Tensor, v: Tensor) -> bool:
+    """Whether a token's heads lie one after the other, and tokens too: a cache, or a slice of one."""
+    return k.stride() == v.stride() and k.stride()[1:] == (k.shape[2] * k.shape[3], k.shape[3], 1)
 
 
 def _fits(k: Tensor, spec: SparseSpec) -> bool:
@@ -400,11 +420,23 @@ def _scores(q: Tensor, table: Tensor, reads: _Reads, scale: float) -> Tensor:
 
 def _read(q: Tensor, k: Tensor, v: Tensor, reads: _Reads, plan: AttentionPlan) -> Tensor:
     """Attention of the valid queries q (n, H, D) over k and v -> (B, T, H, D), zero at padding."""
-    p = _scores(q, _table(k), reads, q.shape[-1] ** -0.5).softmax(-1)
-    out = F.embedding_bag(reads.rows.view(p.shape), _table(v), mode="sum", per_sample_weights=p).view(q.shape)
+    if q.dtype == torch.bfloat16:
+        out = _copied(q, k, v, reads)
+    else:
+        p = _scores(q, _table(k), reads, q.shape[-1] ** -0.5).softmax(-1)
+        out = F.embedding_bag(reads.rows.view(p.shape), _table(v), mode="sum", per_sample_weights=p).view(q.shape)
     if plan.has_padding:
         out = out.new_zeros(plan.q_pos.numel(), *out.shape[1:]).index_copy_(0, _valid(plan)[0], out)
     return out.view(*plan.q_pos.shape, *out.shape[1:])
+
+
+def _copied(q: Tensor, k: Tensor, v: Tensor, reads: _Reads) -> Tensor:
+    """The same in bf16, for which PyTorch has no sampled product: what a KV head reads is copied, and multiplied."""
+    n, Hk, G, L = reads.rows.shape
+    rows, D = reads.rows[:, :, 0].flatten(), q.shape[-1]
+    k_read, v_read = (_table(x).index_select(0, rows).view(n * Hk, L, D) for x in (k, v))
+    scores = torch.bmm((q * D**-0.5).reshape(n * Hk, G, D), k_read.transpose(1, 2)) + reads.bias.view(n * Hk, G, L)
+    return torch.bmm(scores.softmax(-1).to(q.dtype), v_read).view(q.shape)
 
 
 def _valid_queries(q: Tensor, plan: AttentionPlan) -> Tensor:
@@ -473,7 +505,7 @@ def _sparse_by_index(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec:
         if s.blocks is None:
             ids = torch.arange(s.n_chosen, device=q.device)
         else:
-            scores = _scores(q.view(-1, Hk, H // Hk, D).sum(2), _table(pooled), s.blocks, 1.0)
+            scores = _scores(upcast(q).view(-1, Hk, H // Hk, D).sum(2), _table(upcast(pooled)), s.blocks, 1.0)
             ids = _best(scores.view(*s.own.shape[:2], -1), s.n_chosen)[1]  # (n, Hk, M), counted from the first selectable block
         chosen = (s.first + (ids * (bs * Hk)).unsqueeze(-1)).flatten(2)  # (n, Hk, M * bs)
         hidden = chosen.clamp(s.low, s.high) != chosen

@@ -299,6 +299,31 @@ def test_products_in_bf16_stay_close_to_fp32(monkeypatch, ratio, H, Hk):
         assert (out.float() - expected).norm() < 0.01 * expected.norm(), name
 
 
+@pytest.mark.parametrize(("H", "Hk"), [(4, 2), (3, 1), (9, 3), (4, 4)])
+@pytest.mark.parametrize("positions", [[[85]], [[3]], [[84, 85]], [[85], [40]], [[85, -1], [40, 41]]])
+def test_few_queries_in_bf16_read_a_cache_as_nearly_as_rounding_lets_them(monkeypatch, positions, H, Hk):
+    """Decode where a CPU has units for bf16: one row and several, sparse and dense queries, padding; what no query sees may hold anything."""
+    monkeypatch.setattr("kernels.blockwise.has_bf16_units", lambda device: True)
+    calls = []
+    for name in ("_copied", "_one_query_in_bf16"):
+        by_hand = getattr(blockwise, name)
+        monkeypatch.setattr(blockwise, name, lambda *args, name=name, by_hand=by_hand: calls.append(name) or by_hand(*args))
+    q_pos = torch.tensor(positions)
+    plan = AttentionPlan(q_pos, 90)
+    q, k, v = make(len(q_pos), q_pos.shape[1], 90, H, Hk, 16, dtype=torch.bfloat16)
+    for b, row in enumerate(q_pos):
+        k[b, int(row.max()) + 1 :], v[b, int(row.max()) + 1 :] = NAN, NAN
+    pooled = pool_keys(k, SPEC.block_size)
+    with torch.no_grad():
+        sparse, dense = sparse_attention(q, k, v, plan, SPEC, pooled), dense_attention(q, k, v, plan)
+    assert sparse.dtype == dense.dtype == torch.bfloat16
+    q, k, v = (x.float() for x in (q, k, v))
+    assert_same(sparse.float(), reference.sparse_attention(q, k, v, plan, SPEC), 2e-2)
+    assert_same(dense.float(), reference.dense_attention(q, k, v, plan), 2e-2)
+    one, short = q_pos.numel() == 1, int(q_pos.max()) < SPEC.dense_len
+    assert calls == ["_one_query_in_bf16" if short else "_copied"] + one * ["_one_query_in_bf16"]
+
+
 def test_two_runs_are_bit_equal(way):
     q, k, v = make(1, 90, 90, 4, 2, 8)
     runs = [values_and_grads(lambda *x: sparse_attention(*x, whole(90), SPEC), q, k, v) for _ in range(2)]
