@@ -7,8 +7,8 @@ How a model's conversations look is its `ChatFormat`. Ours is `<bos>` and then t
     <|assistant|>REASONING answer<|end|>      REASONING is <think>trace</think> (thinking) or just </think> (not)
 
 So the token after `<|assistant|>` is the *decision* to think. Public checkpoints bring other formats (ChatML, Qwen 3, Llama 3, Gemma,
-Phi-4-mini), recognised by their special tokens and the text of their template, which is never executed. A checkpoint without a template is
-a base model: its text is continued as it stands. All text is encoded between control tokens, never across them, hence a turn is an exact
+Phi-4-mini, Zephyr as TinyLlama has it), recognised by their special tokens and the text of their template, which is never executed. A checkpoint
+without a template is a base model: its text is continued as it stands. All text is encoded between control tokens, never across them, hence a turn is an exact
 extension of the turns before it. `generate.py` and `infer.py` use `render_prompt` and `split_reply`; training and evaluation use
 `render_example`.
 """
@@ -68,6 +68,7 @@ class ChatFormat:
     Attributes:
         start: before the first turn.
         system, user, assistant: openings of their turns; `system` None: its text goes before the first user's, a blank line between.
+        between: text before the opening of every turn but the first, where openings are text and not control tokens (Zephyr).
         end: after every turn; its first token ends a reply, the rest (ChatML's line break) belongs to what follows.
         stops: all ids that end a reply.
         thinking: None where the model has no thinking mode.
@@ -88,6 +89,7 @@ class ChatFormat:
     default_system: str | None = None
     system_prefix: str = ""
     trims: bool = False
+    between: str = ""
     tool_call: tuple[int, int] | None = None
 
     def control_ids(self) -> set[int]:
@@ -130,6 +132,9 @@ def chat_format(tok: TokenizerBase) -> ChatFormat:
     if "<|end|>" in t and {"<|user|>", "<|assistant|>", "<|end|>"} <= c.keys():
         roles = {role: Opening((c[f"<|{role}|>"],)) for role in ("system", "user", "assistant") if f"<|{role}|>" in c}
         return turns("phi", "<|end|>", **roles)
+    if tok.end_id in stops and all(f"<|{role}|>\\n" in t or f"<|{role}|>\n" in t for role in ("user", "assistant")) and "eos_token" in t:
+        roles = {role: Opening((), f"<|{role}|>\n") for role in ("system", "user", "assistant")}
+        return ChatFormat("zephyr", (), end=(tok.end_id,), stops=stops, thinking=_thinking(tok, t), tool_call=call, between="\n", **roles)
     warnings.warn("the checkpoint's chat template isn't one that is known here; prompts are continued as plain text", stacklevel=2)
     return plain
 
@@ -218,7 +223,7 @@ def render_messages(
     first = messages[0]
     has_system = isinstance(first, Mapping) and first.get("role") == "system"
     if f.default_system is not None and not has_system:
-        ids += _turn(tok, f.system, f.system_prefix + f.default_system)
+        ids += _turn(tok, f.system, f.system_prefix + f.default_system, first=True)
     loss_weights = [0.0] * len(ids)
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
@@ -231,11 +236,11 @@ def render_messages(
             text = _text(message, "content", where)
             text = text.strip() if f.trims else text
             if role == "user":
-                turn, before_user = _turn(tok, f.user, before_user + text), ""
+                turn, before_user = _turn(tok, f.user, before_user + text, first=i == 0), ""
             elif f.system is None:
                 turn, before_user = [], text + "\n\n"
             else:
-                turn = _turn(tok, f.system, f.system_prefix + text)
+                turn = _turn(tok, f.system, f.system_prefix + text, first=True)
             weights = [0.0] * len(turn)
         elif role == "assistant":
             opening, reply = _opening(tok, f.assistant), _assistant_ids(tok, message, where)
@@ -340,17 +345,28 @@ def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _opening(tok: TokenizerBase, opening: Opening) -> list[int]:
-    return [*opening.ids, *tok.encode(opening.text)]
+    return [*opening.ids, *tok.encode(chat_format(tok).between + opening.text)]
 
 
-def _turn(tok: TokenizerBase, opening: Opening, text: str) -> list[int]:
-    return [*opening.ids, *tok.encode(opening.text + text), *chat_format(tok).end]
+def _turn(tok: TokenizerBase, opening: Opening, text: str, first: bool = False) -> list[int]:
+    f = chat_format(tok)
+    return [*opening.ids, *tok.encode(("" if first else f.between) + opening.text + text), *f.end]
+
+
+def _reply_text(tok: TokenizerBase, text: str) -> list[int]:
+    """`text` behind the opening of a reply: where that is text too, without the space that some tokenizers put before any text."""
+    f = chat_format(tok)
+    if not f.between or f.thinking is not None:
+        return tok.encode(text)
+    opening = _opening(tok, f.assistant)
+    whole = tok.encode(f.between + f.assistant.text + text)
+    return whole[len(opening) :] if whole[: len(opening)] == opening else tok.encode(text)
 
 
 def _reply_ids(tok: TokenizerBase, reasoning: str | None, answer: str, is_tool_call: bool = False) -> list[int]:
     """Everything after the opening, up to the token that ends it; None for no reasoning."""
     f = chat_format(tok)
-    answer_ids = tok.encode(answer.strip() if f.trims else answer)
+    answer_ids = _reply_text(tok, answer.strip() if f.trims else answer)
     if is_tool_call and f.tool_call is not None:
         answer_ids = [f.tool_call[0], *answer_ids, f.tool_call[1]]
     if f.thinking is None:

@@ -49,6 +49,12 @@ PHI4 = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
 )
+ZEPHYR = (
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
 
 #: name -> (pre-tokenizer, special tokens, settings of tokenizer_config.json)
 FAMILIES = {
@@ -64,6 +70,8 @@ FAMILIES = {
               {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "add_bos_token": True, "chat_template": GEMMA}),
     "phi4": ("gpt-4o", ["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"],
              {"bos_token": "<|endoftext|>", "eos_token": "<|end|>", "add_bos_token": False, "chat_template": PHI4}),
+    "tinyllama": ("gpt-2", ["<unk>", "<s>", "</s>"],
+                  {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "add_bos_token": True, "chat_template": ZEPHYR}),
     "base": ("gpt-2", ["<|endoftext|>"], {"eos_token": "<|endoftext|>", "add_bos_token": False}),
 }  # fmt: skip
 _MERGES = ["Ġ t", "h e", "Ġt he", "i n", "o n", "e r", "u s", "us er", "a s", "Ċ Ċ", "ä ½", "ä½ ł", "l l", "o w", "Ġ Ġ", "1 2"]

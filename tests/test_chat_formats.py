@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 from public_models import FAMILIES, QWEN3, QWEN25, tokenizer_of, write_folder, write_gguf
+from test_tokenizer_hf import spm_model
 
 from dualbranch import generate, load
 from dualbranch.chat import chat_format, render_example, render_messages, render_prompt, split_reply
@@ -13,6 +15,7 @@ from dualbranch.conversation import Conversation
 from dualbranch.infer import main
 from dualbranch.modes import MODES, Phase, ThinkingController, fitted, resolve, token_rules
 from dualbranch.sampling import SamplingParams
+from dualbranch.tokenizer_hf import SentencePieceTokenizer, hf_files, tokenizer_from_files
 
 CHATS = [name for name in FAMILIES if name != "base"]
 USER = {"role": "user", "content": "the user's sum of 12"}
@@ -40,6 +43,22 @@ def test_prompts_equal_the_template_run_by_transformers(tmp_path, family, messag
     if thinking is not None:
         without = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, enable_thinking=False)
         assert [*ids, *thinking.skip] == without
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS, ids=["one", "system", "turns"])
+def test_text_openings_get_the_space_that_the_tokenizer_puts_before_a_text_only_where_one_begins(tmp_path, messages):
+    """TinyLlama's turns begin with text, and its tokenizer puts a space before whatever stands behind a control token."""
+    transformers = pytest.importorskip("transformers", reason="a test dependency")
+    config = FAMILIES["tinyllama"][2]
+    for name, content in hf_files(SentencePieceTokenizer(spm_model(tmp_path, add_dummy_prefix=True), config)).items():
+        if name != "tokenizer.model":
+            (tmp_path / name).write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    tok = tokenizer_from_files({name: (tmp_path / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")})
+    assert chat_format(tok).name == "zephyr"
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    got, ids = render_prompt(tok, messages), reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert got == ids, (tok.decode(got, skip_control=False), tok.decode(ids, skip_control=False))
 
 
 BOXED = "Reason step by step, and put your final answer within \\\\boxed{}."
@@ -75,7 +94,8 @@ def test_a_model_whose_template_opens_the_reasoning_thinks():
 
 def test_formats_are_recognised_and_unknown_ones_are_said():
     names = {family: chat_format(tokenizer_of(family)).name for family in FAMILIES}
-    assert names == {"smollm2": "chatml", "qwen2.5": "chatml", "qwen3": "chatml", "llama3": "llama3", "gemma": "gemma", "phi4": "phi", "base": "plain"}
+    expected = {"smollm2": "chatml", "qwen2.5": "chatml", "qwen3": "chatml", "llama3": "llama3", "gemma": "gemma", "phi4": "phi", "tinyllama": "zephyr"}
+    assert names == expected | {"base": "plain"}
     assert [family for family in FAMILIES if chat_format(tokenizer_of(family)).thinking] == ["qwen3"]
     odd = tokenizer_of("smollm2")
     odd.chat_template = "{{ messages }}"
