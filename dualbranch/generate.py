@@ -137,6 +137,17 @@ class Pending:
         self.extra_flops += spent_flops(config, [False], len(self.use_slow))
         self.n_second_looks += 1
 
+    def take(self, token: int, p: float, config: DualBranchConfig) -> bool:
+        """Appends `token`, of probability `p` to the model itself, or drops the answer that it casts doubt on; whether it stands. Mutates the sequence."""
+        if self.controller.on_trial:
+            self.confidence = min(p, 1.0 if self.confidence is None else self.confidence)
+            if self.controller.doubts(p):
+                self.reconsider(config)
+                return False
+        self.ids.append(token)
+        self.controller.advance(token)
+        return True
+
     def reconsider(self, config: DualBranchConfig) -> None:
         """Drops the answer tried so far and opens the reasoning instead. What the cache holds after the prompt is void. Mutates the sequence."""
         n = len(self.prompt)
@@ -302,13 +313,7 @@ def _extend(model: DualBranchModel, group: Sequence[Pending], logits: Tensor, ba
     if any(s.controller.on_trial for s in stepped):
         p = probs.gather(1, torch.tensor(tokens, device=probs.device)[:, None])[:, 0].tolist()
     for s, token, p_token in zip(stepped, tokens, p, strict=True):
-        if s.controller.on_trial:
-            s.confidence = min(p_token, 1.0 if s.confidence is None else s.confidence)
-        if s.controller.doubts(p_token):
-            s.reconsider(model.config)
-        else:
-            s.ids.append(token)
-            s.controller.advance(token)
+        s.take(token, p_token, model.config)
     return stepped
 
 

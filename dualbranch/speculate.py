@@ -94,7 +94,7 @@ def _rounds(model: DualBranchModel, s: Pending, params: SamplingParams, cache: K
                 if proposed is not None:
                     length.observe(accepted)
                     s.n_accepted += accepted
-                stands = _append(s, token, row, model)
+                stands = s.take(token, float(row.softmax(-1)[token]) if s.controller.on_trial else 1.0, model.config)
                 yield [s]
                 if s.done:
                     return
@@ -161,17 +161,3 @@ def next_probs(logits: Tensor, controller: ThinkingController, banned: Tensor, p
 
 def _pick(weights: Tensor, generator: torch.Generator) -> int:
     return int(draw(weights[None], torch.rand(1, dtype=torch.float64, generator=generator)))
-
-
-def _append(s: Pending, token: int, logits: Tensor, model: DualBranchModel) -> bool:
-    """Appends `token`, chosen by `logits (V,)`, or drops the answer it casts doubt on, as `decode` does; whether it stands. Mutates the sequence."""
-    c = s.controller
-    if c.on_trial:
-        p_token = float(logits.softmax(-1)[token])
-        s.confidence = min(p_token, 1.0 if s.confidence is None else s.confidence)
-        if c.doubts(p_token):
-            s.reconsider(model.config)
-            return False
-    s.ids.append(token)
-    c.advance(token)
-    return True
