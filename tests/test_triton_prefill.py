@@ -268,6 +268,12 @@ def test_keys_that_are_a_slice_of_a_longer_cache():
     assert_same(triton_ops.attend(q.transpose(1, 2).contiguous().transpose(1, 2), k[:, :60], v[:, :60], ids, plan, SPEC), expected)
 
 
+def test_a_group_larger_than_a_tile_has_rows_is_one_query_per_tile():
+    q, k, v = (x.bfloat16() for x in inputs(1, 2, 40, 128, 1, 16))
+    plan = last_queries(2, 40)
+    assert_same(triton_ops.attend(q, k, v, None, plan, None).float(), reference.dense_attention(q.float(), k.float(), v.float(), plan), 2e-2)
+
+
 # --- ragged batches ------------------------------------------------------------------------------------------------
 
 
