@@ -274,6 +274,14 @@ def test_a_group_larger_than_a_tile_has_rows_is_one_query_per_tile():
     assert_same(triton_ops.attend(q, k, v, None, plan, None).float(), reference.dense_attention(q.float(), k.float(), v.float(), plan), 2e-2)
 
 
+def test_second_derivatives_are_refused():
+    q, k, v = inputs(1, 2, 40, 2, 1, 8)
+    q.requires_grad_()
+    (dq,) = torch.autograd.grad(triton_ops.attend(q, k, v, None, last_queries(2, 40), None).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (dq.square().sum() + q.sum()).backward()
+
+
 # --- ragged batches ------------------------------------------------------------------------------------------------
 
 
