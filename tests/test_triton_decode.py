@@ -1,6 +1,6 @@
 """Triton decode, contiguous and paged, against the reference: on a GPU where there is one, otherwise through Triton's interpreter.
 
-HYPOTHESIS_PROFILE=many draws 1,000 shapes in each of the two drawn tests (otherwise 6, or 60 on a GPU).
+HYPOTHESIS_PROFILE=many draws 420 shapes in each of the two drawn tests (otherwise 6, or 60 on a GPU).
 """
 
 import pytest
