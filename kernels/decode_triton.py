@@ -208,7 +208,7 @@ def sparse_kernel(
 ):  # fmt: skip
     """One group's queries at one position over their list of keys: window, then sinks, then chosen blocks (or, below dense_len, everything).
 
-    Program ((b * T + t) * HK + hk, split). Places in the list that repeat a key, or hold none, are skipped.
+    Program ((b * T + t) * HK + hk, split, tile of the group's heads). Places in the list that repeat a key, or hold none, are skipped.
     """
     index, split = tl.program_id(0), tl.program_id(1)
     hk = index % HK
@@ -221,7 +221,7 @@ def sparse_kernel(
     n_listed = tl.where(is_dense, n_before + 1, window + n_sinks + M * BLOCK_SIZE)
     n_listed = tl.where(q_pos >= 0, n_listed, 0)
 
-    g, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    g, d = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     out_row = index * G + g
     q_mask = (g < G)[:, None] & (d < D)[None, :]
     q = tl.load(q_ptr + out_row.to(tl.int64)[:, None] * D + d[None, :], mask=q_mask, other=0)  # (BLOCK_R, BLOCK_D)
@@ -450,11 +450,12 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, pooled: Tensor, plan: AttentionPlan
     n_listed = window + n_sinks + M * spec.block_size
     if plan.any_dense(spec.dense_len):
         n_listed = max(n_listed, min(spec.dense_len, longest))
-    n_splits, keys_per_split = split_keys(n_listed, B * T * Hk, config["BLOCK_S"])
+    n_row_tiles = triton.cdiv(H // Hk, config["BLOCK_R"])
+    n_splits, keys_per_split = split_keys(n_listed, B * T * Hk * n_row_tiles, config["BLOCK_S"])
     out, part, stat = _buffers(q, n_splits)
     table, n_pages_per_row = _table(kv, q)
     k_scale, v_scale = _scales(kv, q)
-    sparse_kernel[(B * T * Hk, n_splits)](
+    sparse_kernel[(B * T * Hk, n_splits, n_row_tiles)](
         q, k, v, k_scale, v_scale, table, block_ids, *_positions(plan), out, part, stat,
         T, n_pages_per_row, *_units(k), n_sinks, window, spec.dense_len, keys_per_split, n_splits, D**-0.5 * LOG2_E.value,
         HK=Hk, G=H // Hk, D=D, M=M, BLOCK_SIZE=spec.block_size, PAGED=kv is not None, PER_PAGE=k.shape[1] if kv is not None else 1,

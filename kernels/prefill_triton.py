@@ -192,7 +192,7 @@ def launch_config(head_dim: int, group: int, dtype: torch.dtype) -> dict:
     if dtype == torch.float32:  # no tensor cores: both factors of a product sit in registers
         return {"BT": max(1, min(32, (32 if head_dim <= 64 else 16) // group)), "BN": 16, "num_warps": 4 if head_dim <= 64 else 8, "num_stages": 2}
     rows = 64 if head_dim <= 128 else 32
-    return {"BT": min(32, rows // group), "BN": 64 if head_dim <= 128 else 32, "num_warps": 4, "num_stages": 3 if head_dim <= 64 and group > 1 else 2}
+    return {"BT": max(1, min(32, rows // group)), "BN": 64 if head_dim <= 128 else 32, "num_warps": 4, "num_stages": 3 if head_dim <= 64 and group > 1 else 2}
 
 
 def padded_dim(head_dim: int) -> int:

@@ -6,6 +6,7 @@ Needs CUDA, or TRITON_INTERPRET=1 in the environment before Triton is imported. 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import select_triton
 from kernels.pool_triton import pool_keys
@@ -26,6 +27,7 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # the kernels leave no graph: a second derivative would be silently wrong
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *union = ctx.saved_tensors
         tiles, plan, spec = ctx.rest
