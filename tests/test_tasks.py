@@ -13,6 +13,7 @@ import pytest
 from dualbranch.data.problem import LANGS, LEVELS, SHIFTS, SPLITS, TASKS, Problem, sample_problem, split_of, verify
 from dualbranch.data.reasoning_gym import reasoning_gym_problems
 from dualbranch.data.steps import Trace
+from dualbranch.data.tasks import words
 from dualbranch.data.tasks.base import Phrases
 from dualbranch.data.tasks.numerals import chinese, english
 
@@ -258,6 +259,13 @@ def test_shifts_differ_from_training():
     for task in (t for t in TASKS if "numbers" in TASKS[t].shifts):
         hard = [p for p in train if p.task == task and p.level == "hard"]
         assert largest(draw(14, "test", 50, [task], "numbers")) > 1.5 * largest(hard), task
+
+
+def test_words_of_a_problem_differ_and_invented_ones_are_never_fixed_ones(monkeypatch):
+    made = iter([("Ben", "安雅"), ("Nina", "安雅"), ("Mu", "罗马"), ("Mu", "安雅"), ("Mu", "安"), ("Ko", "安雅"), ("Ko", "星")])
+    monkeypatch.setattr(words, "INVENTED", 1.0)
+    monkeypatch.setattr(words, "invent", lambda rng, kind: next(made))
+    assert words.draw_words(Random(0), "name", 2, None) == [("Mu", "安雅"), ("Ko", "星")]
 
 
 def test_numerals_shift_leaves_no_digits_in_prompts_but_ordinals():
