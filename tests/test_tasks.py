@@ -15,7 +15,7 @@ from dualbranch.data.reasoning_gym import reasoning_gym_problems
 from dualbranch.data.steps import Trace
 from dualbranch.data.tasks import words
 from dualbranch.data.tasks.base import Phrases
-from dualbranch.data.tasks.numerals import chinese, english
+from dualbranch.data.tasks.numerals import chinese, english, spell_numbers
 
 CELLS = [(task, level, lang) for task in TASKS for level in LEVELS for lang in LANGS]
 
@@ -278,6 +278,12 @@ def test_number_words():
     assert [english(n) for n in (0, 35, 110, 4018)] == ["zero", "thirty-five", "one hundred ten", "four thousand eighteen"]
     assert [chinese(n) for n in (0, 10, 15, 35, 105, 115, 1005, 1050, 1110, 20018)] == [
         "零", "十", "十五", "三十五", "一百零五", "一百一十五", "一千零五", "一千零五十", "一千一百一十", "二万零一十八"]
+
+
+def test_two_things_are_counted_as_chinese_does():
+    assert spell_numbers("买2个杯子和12个球，第2个人付22元", "zh") == "买两个杯子和十二个球，第二个人付二十二元"
+    prompts = [p.prompt for p in draw(16, "test", 150, ["shopping"], "numerals") if p.lang == "zh"]
+    assert any("两个" in text for text in prompts) and not any("二个" in text for text in prompts)
 
 
 def test_same_seed_same_problems():
