@@ -216,6 +216,11 @@ def test_verify_keeps_digits_and_json_types_apart():
     assert not verify(record, '{"n": true}') and not verify(record, '{"n": "1"}') and not verify(record, '{"n": 1, "m": 2}')
 
 
+def test_an_answer_in_braces_that_is_no_json_is_compared_as_text():
+    answer = Problem("t", "easy", "en", "", "{1, 2}", "", "k")
+    assert verify(answer, "{1,2}") and not verify(answer, "{1, 3}") and not verify(answer, '{"1": 2}')
+
+
 # --- splits, shifts, determinism ---
 
 def test_no_test_key_or_prompt_is_among_training_ones():
