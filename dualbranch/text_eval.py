@@ -44,7 +44,7 @@ def read_text(path: str | Path, wikitext: bool = False, last: float = 1.0) -> st
     if not 0 < last <= 1:
         raise ValueError(f"the share of text to read is {last}; it must lie in (0, 1]")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise ValueError(f"{path}: can't be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -267,6 +267,8 @@ def test_wikitext_spacing_is_undone(tmp_path):
     assert undo_wikitext('well @-@ known , 1 @,@ 200 ( about 3 @.@ 5 ) it \'s " good " .') == "well-known, 1,200 (about 3.5) it's \"good\"."
     (tmp_path / "t.txt").write_text("a\nb\nc\nd ,\n")
     assert read_text(tmp_path / "t.txt", wikitext=True, last=0.25) == "d,\n"
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\n")
+    assert read_text(tmp_path / "marked.txt") == "a\nb\n"
     with pytest.raises(ValueError, match="can't be read"):
         read_text(tmp_path / "none.txt")
 
