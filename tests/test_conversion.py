@@ -253,6 +253,16 @@ def test_perplexity_of_windows_is_that_of_a_plain_loop(tiny):
     assert slow["bits_per_byte"] == pytest.approx(slow["nll"] * windows.n_tokens / math.log(2) / windows.n_bytes)
 
 
+@pytest.mark.parametrize("kind", ["own", "space before"])
+def test_bytes_of_windows_are_those_of_the_text_wherever_it_is_cut(tiny, kind, monkeypatch):
+    _, tok = tiny
+    text = " ".join(["曹操引军追赶玄德，玄德急走樊城。", "how many apples"] * 20)
+    texts = [text, text] if kind == "own" else [" how many of the apples are left" * 9]  # its first space is the one put there
+    monkeypatch.setattr(tok, "_strips_space", kind != "own")
+    wanted = sum(len(t.encode()) - (kind != "own") for t in texts)
+    assert {window: cut_windows(tok, texts, window).n_bytes for window in range(5, 60)} == dict.fromkeys(range(5, 60), wanted)
+
+
 @pytest.mark.parametrize("most, least", [(8192, 7000), (600, 500), (3, 0)])
 def test_max_tokens_counts_tokens_of_short_texts_too(tiny, most, least):
     _, tok = tiny
