@@ -115,6 +115,7 @@ def pareto(path: Path, curve: Sequence[tuple[str, Mapping[str, Any]]], points: M
 def text_curves(path: Path, texts: Mapping[str, Mapping[str, Any]]) -> str:
     """Perplexity against computation per token, one panel per text (`evaluation["text"]`): auto as a line from fast to slow."""
     plt = _pyplot()
+    font = cjk_font()
     figure, axes = plt.subplots(1, len(texts), figsize=(4.2 * len(texts), 3.2), squeeze=False)
     for ax, (name, text) in zip(axes[0], texts.items(), strict=True):
         curve = sorted(text["routes"], key=lambda r: r["flops"])
@@ -125,7 +126,8 @@ def text_curves(path: Path, texts: Mapping[str, Mapping[str, Any]]) -> str:
             ax.plot(*here, color=color, marker=marker, markersize=5, zorder=3)
             label = r["route"] if r["budget"] is None else f"auto {r['budget']:g}"
             ax.annotate(label, here, textcoords="offset points", xytext=(5, 4), fontsize=7, color=color)
-        ax.set(xlabel="computation per token (MFLOP)", ylabel="perplexity", title=name)
+        ax.set(xlabel="computation per token (MFLOP)", ylabel="perplexity")
+        ax.set_title(name.replace("$", r"\$"), family=font if font and not name.isascii() else None)  # a file's name may hold anything
     figure.tight_layout()
     return _save(plt, figure, path)
 

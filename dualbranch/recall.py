@@ -64,12 +64,15 @@ def ask(tok: TokenizerBase, texts: Sequence[str], distance: int, n: int, seed: i
 def recall(
     model: DualBranchModel, tok: TokenizerBase, texts: Sequence[str], budgets: Sequence[float], distances: Sequence[int], n: int = 16, seed: int = 0
 ) -> list[dict]:
-    """One record per distance and route: slow, fast, and auto at each of `budgets` (by the gate alone, without second looks), where the model has them.
+    """One record per distance and route: slow, fast, and auto at each of `budgets` (by the gate alone, without second looks), where the model has them (a fast
+    branch alone: fast).
 
     `accuracy`: share of the `n` passwords of which each token is the likeliest after those before it; `nll`: nats per password; `slow_share` of all tokens.
-    Raises ValueError: a distance beyond the model's context, no text.
+    Raises ValueError: a distance beyond the model's context, no text, no questions.
     """
-    routes: list[tuple[str, float | None]] = [("slow", None)]
+    if n < 1 or any(d < 1 for d in distances):
+        raise ValueError(f"recall asks {n} questions at distances of {', '.join(map(str, distances))} tokens; both must be at least 1")
+    routes: list[tuple[str, float | None]] = [("fast" if model.config.fast_only else "slow", None)]
     if model.gate is not None:
         routes += [("fast", None), *(("auto", b) for b in budgets if model.calibration is not None)]
     found = []

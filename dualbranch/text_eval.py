@@ -44,7 +44,7 @@ def read_text(path: str | Path, wikitext: bool = False, last: float = 1.0) -> st
     if not 0 < last <= 1:
         raise ValueError(f"the share of text to read is {last}; it must lie in (0, 1]")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise ValueError(f"{path}: can't be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -75,21 +75,24 @@ def cut_windows(tok: TokenizerBase, texts: Sequence[str], window: int = 1024, ma
     size = window - len(start)
     if size < 2:
         raise ValueError(f"the window is {window} tokens; it must be at least {2 + len(start)}")
-    pieces = []
+    pieces: list[list[int]] = []
+    n_written: list[int] = []  # bytes of each piece's predicted tokens
     for text in texts:
         ids = tok.encode(text)
-        pieces += [ids[i : i + size] for i in range(0, len(ids), size)]
-    pieces = [p for p in pieces if len(p) + len(start) > 1]
+        for i in range(0, len(ids), size):
+            piece = ids[i : i + size]
+            if len(piece) + len(start) > 1:
+                pieces.append(piece)
+                n_written.append(len(tok.written(piece if start else piece[1:], opens=bool(start) and i == 0)))
     if not pieces:
         raise ValueError("the text has fewer than two tokens; nothing can be predicted")
     length = sum(map(len, pieces)) + len(start) * len(pieces)
     if max_tokens is not None and max_tokens < length:
         n = max(1, max_tokens * len(pieces) // length)
-        pieces = [pieces[i * len(pieces) // n] for i in range(n)]
+        pieces, n_written = ([part[i * len(part) // n] for i in range(n)] for part in (pieces, n_written))
         while len(pieces) > 1 and sum(map(len, pieces)) + len(start) * len(pieces) > max_tokens:
-            pieces.pop()
-    n_bytes = sum(len(tok.decode(p if start else p[1:]).encode()) for p in pieces)
-    return Windows([torch.tensor(start + p) for p in pieces], n_bytes)
+            pieces.pop(), n_written.pop()
+    return Windows([torch.tensor(start + p) for p in pieces], sum(n_written))
 
 
 @torch.inference_mode()

@@ -103,9 +103,13 @@ class TokenizerBase:
 
         Bytes that aren't UTF-8 become U+FFFD, by Python's rule. Raises ValueError for an id outside the vocabulary.
         """
+        return self.written(ids, skip_control).decode("utf-8", errors="replace")
+
+    def written(self, ids: Iterable[int], skip_control: bool = True, opens: bool = True) -> bytes:
+        """The bytes that `ids` write; a character may be cut at either end. `opens`: a text begins with them, so a space put before it is left out."""
         table = self._text_bytes if skip_control else self._token_bytes
         text = b"".join([table[self._check(i)] for i in ids])
-        return text[self._strips_space and text[:1] == b" " :].decode("utf-8", errors="replace")
+        return text[opens and self._strips_space and text[:1] == b" " :]
 
     def stream(self, skip_control: bool = True) -> "TokenStream":
         """A decoder for ids that arrive one at a time; what it returns joins to `decode` of all ids."""

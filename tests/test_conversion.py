@@ -253,6 +253,16 @@ def test_perplexity_of_windows_is_that_of_a_plain_loop(tiny):
     assert slow["bits_per_byte"] == pytest.approx(slow["nll"] * windows.n_tokens / math.log(2) / windows.n_bytes)
 
 
+@pytest.mark.parametrize("kind", ["own", "space before"])
+def test_bytes_of_windows_are_those_of_the_text_wherever_it_is_cut(tiny, kind, monkeypatch):
+    _, tok = tiny
+    text = " ".join(["曹操引军追赶玄德，玄德急走樊城。", "how many apples"] * 20)
+    texts = [text, text] if kind == "own" else [" how many of the apples are left" * 9]  # its first space is the one put there
+    monkeypatch.setattr(tok, "_strips_space", kind != "own")
+    wanted = sum(len(t.encode()) - (kind != "own") for t in texts)
+    assert {window: cut_windows(tok, texts, window).n_bytes for window in range(5, 60)} == dict.fromkeys(range(5, 60), wanted)
+
+
 @pytest.mark.parametrize("most, least", [(8192, 7000), (600, 500), (3, 0)])
 def test_max_tokens_counts_tokens_of_short_texts_too(tiny, most, least):
     _, tok = tiny
@@ -267,6 +277,8 @@ def test_wikitext_spacing_is_undone(tmp_path):
     assert undo_wikitext('well @-@ known , 1 @,@ 200 ( about 3 @.@ 5 ) it \'s " good " .') == "well-known, 1,200 (about 3.5) it's \"good\"."
     (tmp_path / "t.txt").write_text("a\nb\nc\nd ,\n")
     assert read_text(tmp_path / "t.txt", wikitext=True, last=0.25) == "d,\n"
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\n")
+    assert read_text(tmp_path / "marked.txt") == "a\nb\n"
     with pytest.raises(ValueError, match="can't be read"):
         read_text(tmp_path / "none.txt")
 

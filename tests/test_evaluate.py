@@ -148,6 +148,12 @@ def test_leaked_reasoning_is_noticed_as_tokens_and_as_text(tiny):
     assert not leaks_reasoning(SimpleNamespace(control={}), clean)  # a tokenizer without a thinking mode
 
 
+@pytest.mark.parametrize("name, value", [("n_problems", 0), ("routing_rows", 0), ("text_window", 2)])
+def test_an_evaluation_that_would_fail_after_training_is_refused_before(config, name, value):
+    with pytest.raises(ValueError, match=rf"evaluation\.{name} is {value}; it must be at least [13]"):
+        replace(config, evaluation=replace(config.evaluation, **{name: value}))
+
+
 def test_evaluating_no_problems_says_which_setting_to_raise(tiny):
     with pytest.raises(ValueError, match="n_problems"):
         evaluate(*tiny, [], "fast", PARAMS)

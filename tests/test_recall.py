@@ -44,7 +44,7 @@ class Copier:
     gate, calibration, device = object(), object(), torch.device("cpu")
 
     def __init__(self, reach: int) -> None:
-        self.reach, self.config = reach, SimpleNamespace(max_seq_len=1000)
+        self.reach, self.config = reach, SimpleNamespace(max_seq_len=1000, fast_only=False)
 
     def __call__(self, tokens, route, budget=None, logits_at=None):
         ids, logits = tokens[0].tolist(), torch.zeros(int(logits_at.sum()), 500)
@@ -75,6 +75,9 @@ def test_recall_refuses_what_does_not_fit(tiny):
         recall(model, tok, TEXTS, [], [400], n=1)
     with pytest.raises(ValueError, match="needs some text"):
         ask(tok, [""], 100, 1)
+    for distances, n in (([150], 0), ([0], 1), ([-100], 1)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            recall(model, tok, TEXTS, [], distances, n=n)
     assert len(ask(tok, ["short"], 100, 1)[0].tokens) > 130
     assert distances_within(8192) == (256, 1024, 2048, 4096) and distances_within(2048) == (256, 1024) and distances_within(128) == ()
 
@@ -87,3 +90,17 @@ def test_the_command_measures_every_route(tiny, tmp_path, capsys):
     assert cli(["eval", model, "--on", "recall", text, *options]) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("slow", "fast", "auto 0.5", "150 tokens", "300 tokens"))
+
+
+def test_a_fast_branch_alone_is_evaluated_on_the_route_it_has(tiny, tmp_path, capsys):
+    tok = tiny[1]
+    save_checkpoint(tmp_path / "m", make_tiny_model(tok.vocab_size), tok)
+    assert cli(["export", str(tmp_path / "m"), "--branch", "fast", "--out", str(tmp_path / "f")]) == 0
+    (tmp_path / "t.txt").write_text(" ".join(TEXTS))
+    fast, text = str(tmp_path / "f"), str(tmp_path / "t.txt")
+    capsys.readouterr()
+    assert cli(["eval", fast, "--on", "recall", text, "--distances", "100", "--n-problems", "1"]) == 0
+    assert cli(["eval", fast, "--on", "tasks", "arithmetic", "--n-problems", "1", "--max-tokens", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "  fast " in out and "fast, thinking on" in out and "slow," not in out
+    assert cli(["eval", fast, "--on", "recall", text]) != 0 and "give --distances" in capsys.readouterr().err

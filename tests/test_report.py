@@ -184,5 +184,10 @@ def test_chinese_without_a_font_is_drawn_as_token_indices_and_given_as_text(tmp_
     assert not [w for w in recwarn if "Glyph" in str(w.message)], "an empty box was drawn"
 
 
+def test_a_text_may_have_any_name(tmp_path):
+    routes = [{"route": "slow", "budget": None, "flops": 2e6, "perplexity": 3.0}, {"route": "fast", "budget": None, "flops": 1e6, "perplexity": 4.0}]
+    assert plots.text_curves(tmp_path / "text.png", {"a$_$b.txt": {"routes": routes}}) == "text.png"
+
+
 def test_smoothing_is_the_mean_of_the_last_values():
     assert plots.smooth([1.0, 3.0, 5.0, 7.0], 2) == pytest.approx([1.0, 2.0, 4.0, 6.0])

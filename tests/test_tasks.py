@@ -13,8 +13,9 @@ import pytest
 from dualbranch.data.problem import LANGS, LEVELS, SHIFTS, SPLITS, TASKS, Problem, sample_problem, split_of, verify
 from dualbranch.data.reasoning_gym import reasoning_gym_problems
 from dualbranch.data.steps import Trace
+from dualbranch.data.tasks import words
 from dualbranch.data.tasks.base import Phrases
-from dualbranch.data.tasks.numerals import chinese, english
+from dualbranch.data.tasks.numerals import chinese, english, spell_numbers
 
 CELLS = [(task, level, lang) for task in TASKS for level in LEVELS for lang in LANGS]
 
@@ -215,6 +216,11 @@ def test_verify_keeps_digits_and_json_types_apart():
     assert not verify(record, '{"n": true}') and not verify(record, '{"n": "1"}') and not verify(record, '{"n": 1, "m": 2}')
 
 
+def test_an_answer_in_braces_that_is_no_json_is_compared_as_text():
+    answer = Problem("t", "easy", "en", "", "{1, 2}", "", "k")
+    assert verify(answer, "{1,2}") and not verify(answer, "{1, 3}") and not verify(answer, '{"1": 2}')
+
+
 # --- splits, shifts, determinism ---
 
 def test_no_test_key_or_prompt_is_among_training_ones():
@@ -260,6 +266,13 @@ def test_shifts_differ_from_training():
         assert largest(draw(14, "test", 50, [task], "numbers")) > 1.5 * largest(hard), task
 
 
+def test_words_of_a_problem_differ_and_invented_ones_are_never_fixed_ones(monkeypatch):
+    made = iter([("Ben", "安雅"), ("Nina", "安雅"), ("Mu", "罗马"), ("Mu", "安雅"), ("Mu", "安"), ("Ko", "安雅"), ("Ko", "星")])
+    monkeypatch.setattr(words, "INVENTED", 1.0)
+    monkeypatch.setattr(words, "invent", lambda rng, kind: next(made))
+    assert words.draw_words(Random(0), "name", 2, None) == [("Mu", "安雅"), ("Ko", "星")]
+
+
 def test_numerals_shift_leaves_no_digits_in_prompts_but_ordinals():
     for task in (t for t in TASKS if "numerals" in TASKS[t].shifts):
         for p in draw(15, "test", 20, [task], "numerals"):
@@ -270,6 +283,12 @@ def test_number_words():
     assert [english(n) for n in (0, 35, 110, 4018)] == ["zero", "thirty-five", "one hundred ten", "four thousand eighteen"]
     assert [chinese(n) for n in (0, 10, 15, 35, 105, 115, 1005, 1050, 1110, 20018)] == [
         "零", "十", "十五", "三十五", "一百零五", "一百一十五", "一千零五", "一千零五十", "一千一百一十", "二万零一十八"]
+
+
+def test_two_things_are_counted_as_chinese_does():
+    assert spell_numbers("买2个杯子和12个球，第2个人付22元", "zh") == "买两个杯子和十二个球，第二个人付二十二元"
+    prompts = [p.prompt for p in draw(16, "test", 150, ["shopping"], "numerals") if p.lang == "zh"]
+    assert any("两个" in text for text in prompts) and not any("二个" in text for text in prompts)
 
 
 def test_same_seed_same_problems():

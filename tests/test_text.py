@@ -155,6 +155,7 @@ def test_empty_files_in_a_folder_are_passed_over(tmp_path):
         ("x.jsonl", b"\n\n", "x.jsonl: is empty"),
         ("x.jsonl", b'{"text": " "}', "x.jsonl: is empty"),
         ("x.txt", b"ok\nok \xff\n", "x.txt:2: not UTF-8 text (byte 6 is 0xff)"),
+        ("x.txt", b"\xef\xbb\xbfok\nok \xff\n", "x.txt:2: not UTF-8 text (byte 9 is 0xff)"),
         ("x.jsonl", b'{"text": "a"}\n{"text": "\xe4"}', "x.jsonl:2: not UTF-8"),
         ("x.jsonl", b'{"text": "a"}\n\n{"text": ', "x.jsonl:3: not JSON"),
         ("x.jsonl", b"[" * 100_000, "x.jsonl:1: not JSON"),

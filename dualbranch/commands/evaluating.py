@@ -98,6 +98,8 @@ def on_recall(args: argparse.Namespace, names: list[str]) -> list[dict]:
         texts += load_corpus(name, args.split) if name in CORPORA else [read_text(name, args.wikitext, args.last)]
     loaded = load_rounded(args)
     distances = args.distances or distances_within(loaded.model.config.max_seq_len)
+    if not distances:
+        raise ValueError(f"the model's context of {loaded.model.config.max_seq_len} tokens is too short for a distance of 256; give --distances")
     records = recall(loaded.model, loaded.tokenizer, texts, budgets, distances, args.n_problems)
     head, rows = recall_rows(records)
     print(f"right (nats per password), {args.n_problems} questions per distance", file=sys.stderr if args.json else sys.stdout)
@@ -120,7 +122,8 @@ def on_tasks(args: argparse.Namespace, names: list[str]) -> dict:
     model, tok = loaded.model, loaded.tokenizer
     problems = draw_problems(RunConfig(evaluation=EvaluationConfig(n_problems=args.n_problems)), names)
     thinking = ("on", "off") if tok.thinks else ("off",)
-    modes = {f"slow, thinking {t}": resolve("think", thinking=t) for t in thinking}
+    base, preset = ("fast", "fast") if model.config.fast_only else ("slow", "think")
+    modes = {f"{base}, thinking {t}": resolve(preset, thinking=t) for t in thinking}
     if model.gate is not None and model.calibration is not None:
         modes |= {f"fast, thinking {t}": resolve("fast", thinking=t) for t in thinking}
         modes |= {f"auto {b:g}": resolve("auto", thinking="auto" if tok.thinks else "off", budget=b) for b in args.budgets}

@@ -37,7 +37,7 @@ def sample_problem(rng: Random, task: str, level: str, lang: str, split: str, sh
 
 
 def verify(problem: Problem, text: str) -> bool:
-    """Whether `text` is the problem's answer: equal JSON for JSON answers, else equal up to spaces and full-width forms.
+    """Whether `text` is the problem's answer: equal JSON for JSON objects, else equal up to spaces and full-width forms.
 
     Never raises; anything unreadable is just wrong.
     """
@@ -45,7 +45,11 @@ def verify(problem: Problem, text: str) -> bool:
         return False
     if problem.answer.startswith("{"):
         try:
-            return _typed(json.loads(text)) == _typed(json.loads(problem.answer))
+            wanted = _typed(json.loads(problem.answer))
+        except (ValueError, RecursionError):  # a set, say: {1, 2}
+            return _plain(text) == _plain(problem.answer)
+        try:
+            return _typed(json.loads(text)) == wanted
         except (ValueError, RecursionError):
             return False
     return _plain(text) == _plain(problem.answer)

@@ -140,7 +140,7 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise ValueError(f"{path}: can't be read ({error.strerror})") from error
     try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
+        return content.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}:{line}: not UTF-8 text (byte {error.start} is 0x{content[error.start]:02x})") from error

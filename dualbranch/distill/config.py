@@ -208,13 +208,15 @@ class EvaluationConfig:
 RANGES = [
     *((path, 1, math.inf) for path in (
         "save_every", "tokenizer.n_problems", "data.seq_len", "data.batch_rows", "data.reasoning_gym_size", "teacher.n_assess", "teacher.optim.micro_batches",
-        "student.optim.micro_batches", "evaluation.text_tokens", "evaluation.max_tokens", "evaluation.batch_size",
+        "student.optim.micro_batches", "evaluation.n_problems", "evaluation.routing_rows", "evaluation.text_tokens", "evaluation.max_tokens",
+        "evaluation.batch_size",
     )),
+    ("evaluation.text_window", 3, math.inf),
     *((path, 0, math.inf) for path in (
         "threads", "data.self_text", "data.workers", "data.answer_weight", "data.levels_start", "data.levels_end", "teacher.steps", "teacher.n_solutions",
         "student.steps", "student.routes", "student.soft", "student.hard", "student.align", "student.refit_rows", "student.distinct_batches",
-        "student.cache_logits", "gate.rows", "gate.steps", "gate.calibration_rows", "gate.n_problems", "evaluation.n_problems", "evaluation.n_shifted",
-        "evaluation.routing_rows", "evaluation.n_recall",
+        "student.cache_logits", "gate.rows", "gate.steps", "gate.calibration_rows", "gate.n_problems", "evaluation.n_shifted",
+        "evaluation.n_recall",
     )),
     *((path, 0, 1) for path in (
         "data.text_share", "data.reasoning_gym_share", "data.thinking", "data.multi_turn", "data.curriculum", "teacher.decide",

@@ -7,6 +7,7 @@ _SMALL = ("zero one two three four five six seven eight nine ten eleven twelve t
 _TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
 _HAN = "零一二三四五六七八九"
 _NUMBER = re.compile(r"(?<![\d:])\d+(?![\d:a-z])")  # neither clock times nor "2nd"
+_TWO_OF = re.compile(r"(?<![\d第])2(?=个)")
 
 
 def english(n: int) -> str:
@@ -35,6 +36,7 @@ def chinese(n: int) -> str:
 
 
 def spell_numbers(text: str, lang: str) -> str:
-    """`text` with each plain integer written in words."""
-    spell = english if lang == "en" else chinese
-    return _NUMBER.sub(lambda match: spell(int(match[0])), text)
+    """`text` with each plain integer written in words; two things are 两个 in Chinese, the second is 第二个."""
+    if lang == "en":
+        return _NUMBER.sub(lambda match: english(int(match[0])), text)
+    return _NUMBER.sub(lambda match: chinese(int(match[0])), _TWO_OF.sub("两", text))

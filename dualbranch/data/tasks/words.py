@@ -21,6 +21,7 @@ CITIES = (("Paris", "巴黎"), ("London", "伦敦"), ("Rome", "罗马"), ("Beiji
 NEW_CITIES = (("Lima", "利马"), ("Oslo", "奥斯陆"), ("Seoul", "首尔"), ("Athens", "雅典"))
 
 _WORDS = {"name": (NAMES, NEW_NAMES), "item": (ITEMS, NEW_ITEMS), "city": (CITIES, NEW_CITIES)}
+_FIXED = frozenset(text for groups in _WORDS.values() for group in groups for word in group for text in word)
 Word = tuple[str, str]
 
 INVENTED = 1 / 3  # share of made-up words
@@ -45,11 +46,21 @@ def invent(rng: Random, kind: str) -> Word:
 
 
 def draw_words(rng: Random, kind: str, count: int, shift: str | None) -> list[Word]:
-    """`count` different words of a kind ("name", "item", "city"); new ones under the "entities" shift."""
+    """`count` words of a kind ("name", "item", "city"), different in both languages; new ones under the "entities" shift.
+
+    No invented word is a fixed one: it would tell of two people of one name, show a word of the shift, or give one text two keys.
+    """
     known, new = _WORDS[kind]
     if shift == "entities":
         return rng.sample(new, count)
-    return [invent(rng, kind) if rng.random() < INVENTED else word for word in rng.sample(known, count)]
+    words: list[Word] = []
+    for word in rng.sample(known, count):
+        if rng.random() < INVENTED:
+            word, taken = invent(rng, kind), _FIXED.union(*words)
+            while not taken.isdisjoint(word):
+                word = invent(rng, kind)
+        words.append(word)
+    return words
 
 
 def in_lang(word: Word, lang: str) -> str:
