@@ -305,10 +305,10 @@ def run_evaluation(
     if routed:
         reference = stages.source(config, tok, "valid", purpose=6).batch(0, n_rows=e.routing_rows)
         shares = sorted({*e.routing_shares, default} - {0.0, 1.0})
-        study = out["routing"] = routing_study(student, held_out, reference, tok.pad_id, shares, headline=default, seed=config.seed)
+        study = out["routing"] = routing_study(student, held_out, reference, shares, headline=default, seed=config.seed)
         gap = study["gap_closed"]
         note("routing study", "gap closed " + ("unknown" if gap is None else f"{gap:.0%} at {study['headline']:.0%} slow"))
-        cases = out["ablations"] = ablations(student, held_out, tok.pad_id)
+        cases = out["ablations"] = ablations(student, held_out)
         note("ablations", ", ".join(f"{c['branch']} -> {c['replaced_by']} {c['delta_nll']:+.3f}" for c in cases["cases"]) + " nats per token")
         if config.data.has_problems:
             out["gate_examples"] = gate_examples(student, tok, sentences(problems, results["student auto"]))
@@ -324,7 +324,7 @@ def run_evaluation(
             parts = [text for part in texts.values() for text in part]
             out["recall"] = recall(student, tok, parts, budgets, distances_within(student.config.max_seq_len), e.n_recall, config.seed)
             note("recall", f"{e.n_recall} questions per distance")
-    text = held_out.tokens[held_out.tokens != tok.pad_id]
+    text = held_out.tokens[held_out.real]
     out["speed"] = measure_speed(speed_cases(teacher, student, dense), text, repeats=3)
     note("speed", f"{len(out['speed']['rows'])} cases")
     models = {"teacher": teacher, "student": student} | ({} if dense is None else {"dense": dense})

@@ -49,9 +49,9 @@ def chunks(rows: Rows) -> Iterator[slice]:
         yield slice(i, i + CHUNK)
 
 
-def token_table(model: DualBranchModel, rows: Rows, pad_id: int) -> TokenTable:
+def token_table(model: DualBranchModel, rows: Rows) -> TokenTable:
     """The model's own two runs over `rows`: what every policy may look at."""
-    where = rows.tokens != pad_id
+    where = rows.real
     kl, g = [], []
     for part in chunks(rows):
         tokens, doc_start, real = rows.tokens[part].to(model.device), rows.doc_start[part].to(model.device), where[part]
@@ -158,13 +158,13 @@ def gap_closed(kl: Mapping[str, float], policy: str) -> float | None:
 
 @torch.inference_mode()
 def routing_study(
-    model: DualBranchModel, rows: Rows, reference: Rows, pad_id: int, shares: Sequence[float], headline: float, seed: int = 0, n_random: int = 3
+    model: DualBranchModel, rows: Rows, reference: Rows, shares: Sequence[float], headline: float, seed: int = 0, n_random: int = 3
 ) -> dict:
     """Every policy at every slow share of `shares`, on `rows`; `reference` are other rows, for the position policy to learn from.
 
     `gap_closed` is the gate's at the share nearest to `headline`. "random" is the mean over its draws; `kl_spread` their range.
     """
-    table, learned = token_table(model, rows, pad_id), token_table(model, reference, pad_id)
+    table, learned = token_table(model, rows), token_table(model, reference)
     routes = {share: policy_routes(table, learned, share, seed, n_random) for share in shares}
     cases = {f"{share} {name}": Case(to_grid(flat, table.where)) for share, by_name in routes.items() for name, flat in by_name.items()}
     scores = score(model, rows, {"slow": Case("slow"), "fast": Case("fast"), **cases})
@@ -211,9 +211,9 @@ def ablated(model: DualBranchModel, branch: str, replaced_by: str) -> Iterator[N
 
 
 @torch.inference_mode()
-def ablations(model: DualBranchModel, rows: Rows, pad_id: int) -> dict:
+def ablations(model: DualBranchModel, rows: Rows) -> dict:
     """Each branch replaced by zero and by its mean, under the gate at its default budget; `delta_nll > 0` means that it was needed."""
-    where = rows.tokens != pad_id
+    where = rows.real
     none = torch.zeros_like(where).to(model.device)
     route = torch.cat(
         [model(rows.tokens[p].to(model.device), "auto", doc_start=rows.doc_start[p].to(model.device), logits_at=none[p]).use_slow.cpu() for p in chunks(rows)]

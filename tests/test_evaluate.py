@@ -40,7 +40,7 @@ def rows(config, tiny):
 @pytest.fixture(scope="module")
 def table(tiny, rows) -> study.TokenTable:
     with torch.inference_mode():
-        return study.token_table(tiny[0], rows, tiny[1].pad_id)
+        return study.token_table(tiny[0], rows)
 
 
 def without_timings(value):
@@ -222,7 +222,7 @@ def test_gap_closed_is_zero_for_random_and_one_for_the_better_oracle():
 
 def test_study_spans_all_fast_to_all_slow_at_growing_cost(tiny, rows):
     model, tok = tiny
-    s = study.routing_study(model, rows, rows, tok.pad_id, (0.0, 0.5, 1.0), headline=0.4, n_random=2)
+    s = study.routing_study(model, rows, rows, (0.0, 0.5, 1.0), headline=0.4, n_random=2)
     none, half, every = ({p: v["kl"] for p, v in at["policies"].items()} for at in s["shares"])
     assert set(none.values()) == {s["fast"]["kl"]} and s["fast"]["kl"] > 0
     assert every == pytest.approx(dict.fromkeys(every, 0.0), abs=1e-6) and s["slow"]["kl"] == pytest.approx(0.0, abs=1e-6)

@@ -279,7 +279,7 @@ def train_student(
         else:
             losses = at_head(out.logits, target.logits, *columns)
         if aligned:
-            valid = (rows.tokens != tok.pad_id).flatten().float()
+            valid = rows.real.flatten().float()
             losses["align"] = s.align * align_loss(out.hidden.flatten(0, 1), target.hidden.flatten(0, 1), valid)
         return losses
 
@@ -316,7 +316,7 @@ def gate_examples(model: DualBranchModel, tok: Tokenizer, rows: Rows) -> tuple[T
     """
     stem = {}
     hook = model.blocks[model.config.n_stem - 1].register_forward_hook(lambda _m, _i, out: stem.update(x=out))
-    real = rows.tokens != tok.pad_id
+    real = rows.real
     none = torch.zeros_like(real)
     slow = model(rows.tokens, "slow", doc_start=rows.doc_start, logits_at=none).hidden
     hook.remove()
