@@ -346,6 +346,11 @@ def test_the_command_imports_and_evaluates(public, text_file, tmp_path, capsys):
     for wrong in (["text", str(text_file), "--split", "valid"], ["corpus", "wikipedia", "--wikitext"], ["tasks", "--window", "8", "--distances", "9"]):
         assert cli(["eval", str(tmp_path / "m"), "--on", *wrong]) == 2
         assert "says nothing about" in capsys.readouterr().err
+    context = load(tmp_path / "m").model.config.max_seq_len
+    assert context < 1024 and cli(["eval", str(tmp_path / "m"), "--on", "text", str(text_file), "--max-tokens", "128"]) == 0  # its context is the window
+    for option, value, problem in (("window", context + 1, "context is"), ("window", 0, "at least 1"), ("max-tokens", 0, "at least 1")):
+        assert cli(["eval", str(tmp_path / "m"), "--on", "text", str(text_file), f"--{option}", str(value)]) == 2
+        assert f"--{option} is {value}" in (said := capsys.readouterr().err) and problem in said
 
 
 WRONG = ["eval nowhere --on text", "eval nowhere --on text nofile", "eval nowhere --on corpus nothing", "convert nowhere", "frobnicate", ""]

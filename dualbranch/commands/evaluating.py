@@ -11,7 +11,7 @@ from dualbranch.cli import add_model
 from dualbranch.memory import keep_freed_memory
 
 #: Settings that only some kinds read, as they are where nothing is given; and which kind reads which.
-DEFAULTS = {"wikitext": False, "last": 1.0, "window": 1024, "max_tokens": None, "split": "test", "n_problems": 24, "distances": None}
+DEFAULTS = {"wikitext": False, "last": 1.0, "window": None, "max_tokens": None, "split": "test", "n_problems": 24, "distances": None}
 READ = {
     "text": ("wikitext", "last", "window", "max_tokens"),
     "corpus": ("window", "max_tokens", "split"),
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.3, 0.5], metavar="B", help="allowed shares of slow tokens (default: 0.1 0.3 0.5)")
     parser.add_argument("--wikitext", action="store_true", default=None, help="undo WikiText's token spacing ( @-@ , space before punctuation) first")
     parser.add_argument("--last", type=float, metavar="SHARE", help="only the last share of each file's lines, e.g. 0.2")
-    parser.add_argument("--window", type=int, metavar="N", help="tokens of text read at once (default: 1024)")
+    parser.add_argument("--window", type=int, metavar="N", help="tokens of text read at once (default: 1024, or what the model's context holds)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="of each text, spread evenly over it (default: all of it); of a reply (default: 448)")
     parser.add_argument("--split", choices=("train", "valid", "test"), help="of a corpus (default: test)")
     parser.add_argument("--n-problems", type=int, metavar="N", help="per task, or of recall per distance (default: 24)")
@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     if unread := sorted(set(given) - set(READ[kind])):
         names = ", ".join("--" + name.replace("_", "-") for name in unread)
         raise ValueError(f"{names}: says nothing about {kind}; leave it out")
+    if small := [name for name in ("window", "max_tokens", "n_problems") if given.get(name, 1) < 1]:
+        raise ValueError(f"--{small[0].replace('_', '-')} is {given[small[0]]}; it must be at least 1")
     vars(args).update(DEFAULTS | given)
     found = on_tasks(args, names) if kind == "tasks" else on_recall(args, names) if kind == "recall" else on_text(args, kind, names)
     if args.json:
@@ -71,6 +73,9 @@ def on_text(args: argparse.Namespace, kind: str, names: list[str]) -> dict:
     budgets = sorted({check_budget(b) for b in args.budgets})
     texts = {name: [read_text(name, args.wikitext, args.last)] if kind == "text" else load_corpus(name, args.split) for name in names}
     loaded = load_rounded(args)
+    context = loaded.model.config.max_seq_len
+    if args.window is not None and args.window > context:
+        raise ValueError(f"--window is {args.window}; the model's context is {context} tokens")
 
     def note(name: str, records: list[dict]) -> None:
         print(f"{name}" + (", WikiText's token spacing undone" if args.wikitext else ""), file=out)
@@ -82,7 +87,7 @@ def on_text(args: argparse.Namespace, kind: str, names: list[str]) -> dict:
             )  # fmt: skip
 
     out = sys.stderr if args.json else sys.stdout
-    return evaluate_texts(loaded.model, loaded.tokenizer, texts, budgets, args.window, args.max_tokens, note)
+    return evaluate_texts(loaded.model, loaded.tokenizer, texts, budgets, args.window or min(1024, context), args.max_tokens, note)
 
 
 def on_recall(args: argparse.Namespace, names: list[str]) -> list[dict]:
