@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -43,15 +44,28 @@ def with_self_text(config: RunConfig, folder: Path, teacher: DualBranchModel, to
     if dist.rank() == 0:
         console, n_rounds, started = Console(stderr=True), -(-config.data.self_text // per_round), time.perf_counter()
         writer = fast_copy(teacher)
-        todo = [i for i in range(n_rounds) if not (target / f"{i:05d}.jsonl").exists()]
+        todo = rounds_to_write(target, n_rounds)
         for done, i in enumerate(todo, start=1):
-            documents = sample_documents(writer, tok, N_ROWS, config.data.seq_len, seed=config.seed * 1_000_003 + i)
-            write_text(target / f"{i:05d}.jsonl", "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents))
+            write_round(target, i, sample_documents(writer, tok, N_ROWS, config.data.seq_len, seed=config.seed * 1_000_003 + i))
             rate = done * per_round / (time.perf_counter() - started)
             left = (len(todo) - done) * per_round / rate
             console.print(f"self_text: round {i + 1} of {n_rounds}, {rate:,.0f} tokens/s, {left:,.0f} s left", highlight=False)
     dist.barrier()
     return replace(config, data=replace(config.data, text=(*config.data.text, str(target))))
+
+
+def rounds_to_write(folder: Path, n: int) -> list[int]:
+    """Those of a run's `n` rounds that aren't in `folder` yet."""
+    return [i for i in range(n) if not round_file(folder, i).exists()]
+
+
+def write_round(folder: Path, i: int, lines: Iterable[dict]) -> None:
+    """Round `i` as a file of `folder`, whole or not at all."""
+    write_text(round_file(folder, i), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def round_file(folder: Path, i: int) -> Path:
+    return folder / f"{i:05d}.jsonl"
 
 
 def fast_copy(model: DualBranchModel) -> DualBranchModel:

@@ -7,7 +7,6 @@ From there they are `data.solutions`. Problems come from the training split alon
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +15,12 @@ from dualbranch.chat import render_prompt
 from dualbranch.data.problem import Problem, verify
 from dualbranch.distill import dist
 from dualbranch.distill.config import RunConfig
-from dualbranch.distill.self_text import fast_copy
+from dualbranch.distill.self_text import fast_copy, round_file, rounds_to_write, write_round
 from dualbranch.distill.stages import Log, assessment, source
 from dualbranch.generate import generate_batch
 from dualbranch.model import DualBranchModel
 from dualbranch.modes import resolve
 from dualbranch.sampling import SamplingParams
-from dualbranch.storage import write_text
 from dualbranch.tokenizer import TokenizerBase
 
 #: Problems of a round, all sampled at once.
@@ -44,14 +42,14 @@ def with_solutions(config: RunConfig, folder: Path, teacher: DualBranchModel, to
     if dist.rank() == 0:
         problems = new_problems(config, tok, folder)
         rounds = [problems[i : i + ROUND] for i in range(0, len(problems), ROUND)]
-        todo = [i for i in range(len(rounds)) if not (target / f"{i:05d}.jsonl").exists()]
+        todo = rounds_to_write(target, len(rounds))
         solver = fast_copy(teacher) if todo else None
         for i in todo:
             kept = solve(solver, tok, rounds[i], config.data.seq_len, config.seed * 1_000_003 + i, config.teacher.verify)
             right = sum(c["right"] for c in kept)
             log({"stage": "solutions", "step": i, "n_problems": len(rounds[i]), "kept": len(kept), "right": right, "keep_rate": right / len(rounds[i])})
-            write_text(target / f"{i:05d}.jsonl", "".join(json.dumps(c, ensure_ascii=False) + "\n" for c in kept))
-        if not any((target / f"{i:05d}.jsonl").stat().st_size for i in range(len(rounds))):
+            write_round(target, i, kept)
+        if not any(round_file(target, i).stat().st_size for i in range(len(rounds))):
             raise ValueError(f"the teacher solved none of {len(problems)} problems; train it for longer (teacher.steps), or set teacher.n_solutions: 0")
     dist.barrier()
     return replace(config, data=replace(config.data, solutions=(str(target),)))
