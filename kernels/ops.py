@@ -3,6 +3,9 @@
 Shapes and rules: docs/architecture.md, "Attention ops". Definition: `reference.py`.
 """
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,19 @@ from kernels.paged import PagedKV, check_paged
 from kernels.spec import AttentionPlan, SparseSpec
 
 FEW_QUERIES = 16  # on a GPU, calls with up to this many queries per row split the keys over programs instead of the queries
+
+
+def _on_its_device(op: Callable) -> Callable:
+    """`op` with the first argument's GPU as the current one: Triton launches on that, wherever its arguments lie."""
+
+    @wraps(op)
+    def wrapped(x: Tensor, *args, **kwargs) -> Tensor:
+        if not x.is_cuda:
+            return op(x, *args, **kwargs)
+        with torch.cuda.device(x.device):
+            return op(x, *args, **kwargs)
+
+    return wrapped
 
 
 def _impl(q: Tensor):
@@ -37,6 +53,7 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+@_on_its_device
 def pool_keys(k: Tensor, block_size: int) -> Tensor:
     """Mean of each complete block: k (B, S, Hk, D) -> (B, S // block_size, Hk, D) fp32. Not differentiated by selection.
 
@@ -49,6 +66,7 @@ def pool_keys(k: Tensor, block_size: int) -> Tensor:
     return (_impl(k) if get_backend(k) == "triton" else reference).pool_keys(k, block_size)
 
 
+@_on_its_device
 def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSpec) -> Tensor:
     """block_ids (B, T, Hk, M) int64: the M best selectable blocks of each query, ascending; -1 = unused, at the end.
 
@@ -61,6 +79,7 @@ def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSp
     return _impl(q).select_blocks(q, pooled, plan, spec)
 
 
+@_on_its_device
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """Attention of q (B, T, H, D) over all visible keys of k, v (B, S, Hk, D) -> (B, T, H, D), scaled by D**-0.5.
 
@@ -72,6 +91,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Ten
     return decode.dense_decode(q, k, v, plan) if decode else _impl(q).dense_attention(q, k, v, plan)
 
 
+@_on_its_device
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor | None = None) -> Tensor:
     """Attention over sinks, window and best blocks; dense for queries below dense_len. Shapes as dense_attention.
 
@@ -93,6 +113,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec:
     return decode.sparse_decode(q, k, v, plan, spec, pooled) if decode else _impl(q).sparse_attention(q, k, v, plan, spec, pooled)
 
 
+@_on_its_device
 def paged_dense_attention(q: Tensor, kv: PagedKV, plan: AttentionPlan) -> Tensor:
     """`dense_attention` of q (B, T, H, D) over keys and values in pages; the plan's n_keys is `kv.n_keys`. No gradients."""
     _check_q(q, plan)
@@ -108,6 +129,7 @@ def paged_dense_attention(q: Tensor, kv: PagedKV, plan: AttentionPlan) -> Tensor
     return blockwise.dense_attention(q, *_gathered(q, kv), plan)
 
 
+@_on_its_device
 def paged_sparse_attention(q: Tensor, kv: PagedKV, plan: AttentionPlan, spec: SparseSpec) -> Tensor:
     """`sparse_attention` of q (B, T, H, D) over keys and values in pages, choosing blocks by their pooled keys. No gradients."""
     _check_q(q, plan)
@@ -157,12 +179,16 @@ def _check_kv(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
         raise ValueError(f"{H} query heads cannot be shared out over {k.shape[2]} KV heads")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
 
 
 def _check_pooled(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSpec) -> None:
     B, T, H, D = q.shape
     if pooled.dim() != 4 or pooled.shape[0] != B or pooled.shape[3] != D or H % pooled.shape[2]:
         raise ValueError(f"pooled must be (B, N, Hk, D) fitting q {tuple(q.shape)}, got {tuple(pooled.shape)}")
+    if pooled.device != q.device:
+        raise ValueError(f"pooled is on {pooled.device}, q on {q.device}")
     needed = (plan.max_pos + 1) // spec.block_size
     if pooled.shape[1] < needed and not plan.all_dense(spec.dense_len):
         raise ValueError(f"pooled holds {pooled.shape[1]} blocks, the queries see {needed} complete ones of {spec.block_size} keys")

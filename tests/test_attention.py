@@ -151,6 +151,8 @@ def test_bad_arguments_raise_value_error():
         lambda: dense_attention(q, k, v[..., :4], plan),
         lambda: dense_attention(q[:, :, :3], k, v, plan),
         lambda: dense_attention(q, k.double(), v.double(), plan),
+        lambda: dense_attention(q, k.to("meta"), v.to("meta"), plan),
+        lambda: sparse_attention(q, k, v, plan, spec, pool_keys(k, 8).to("meta")),
         lambda: sparse_attention(q, k, v, plan, spec, pool_keys(k, 8)[:, :4]),
         lambda: sparse_attention(q, k, v, plan, spec, pool_keys(k, 8)[:, :, :1]),
         lambda: sparse_attention(q, k, v, AttentionPlan(plan.q_pos, 40, torch.full((1, 4), 4)), spec),
