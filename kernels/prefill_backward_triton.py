@@ -310,6 +310,11 @@ def invert_union(union: Union, n_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
     return offset, (index // capacity).int(), union.words.flatten(2).gather(-1, index)
 
 
+def keys_at_once(block_size: int, head_dim: int) -> int:
+    """How many keys of a block `blocks_kernel` holds; more of them spill."""
+    return max(16, min(32 if head_dim <= 64 else 16, triton.next_power_of_2(block_size)))
+
+
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, union: Union | None, tiles: Tiles, plan: AttentionPlan, spec: SparseSpec | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -351,7 +356,7 @@ def backward(
         entries = invert_union(union, n_blocks)
         blocks_kernel[(n_blocks, Hk, B)](
             *inputs, dk, dv, *tables, *entries, *strides, T, S, Hk, tiles.n_tiles, entries[1].shape[-1], window, n_sinks, dense_len, *scales,
-            BLOCK=block, BN=max(16, min(64, triton.next_power_of_2(block))), **shape, **config["blocks"],
+            BLOCK=block, BN=keys_at_once(block, D), **shape, **config["blocks"],
         )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
@@ -372,7 +377,8 @@ def aot_cases(target: str):
             "near": (near_kernel, config["near"]),
             "sinks": (sinks_kernel, config["sinks"]),
             "add sinks": (add_sinks_kernel, {"num_warps": 4, "num_stages": 3}),
-            "blocks": (blocks_kernel, config["blocks"] | {"BN": 16}),
+            "blocks": (blocks_kernel, config["blocks"] | {"BN": keys_at_once(16, head_dim)}),
+            "blocks of 64": (blocks_kernel, config["blocks"] | {"BLOCK": 64, "BN": keys_at_once(64, head_dim)}),
         }
         for kind, (kernel, chosen) in kinds.items():
             if kind == "add sinks" and (group != 2 or dtype != torch.bfloat16):

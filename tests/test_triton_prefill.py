@@ -191,6 +191,16 @@ def test_dense_matches_reference_in_values_and_gradients(data):
         assert_same(a, b, 1e-4)
 
 
+@pytest.mark.parametrize("block_size", [24, 64])
+def test_blocks_of_more_keys_than_a_program_holds_at_once(block_size):
+    spec = SparseSpec(block_size=block_size, n_selected_blocks=1, window=16, n_sinks=3, dense_len=20)
+    q, k, v = inputs(1, 12, 4 * block_size, 2, 1, 16)
+    plan = last_queries(12, 4 * block_size)
+    ids = reference.select_blocks(q, reference.pool_keys(k, block_size), plan, spec)
+    assert (ids >= 0).any()
+    assert_attends_as_reference(q, k, v, ids, plan, spec)
+
+
 def test_sparse_attention_of_a_whole_row_matches_reference():
     """Several tiles of queries: dense ones, sparse ones, and one tile of both."""
     q, k, v = (coarse(x) for x in inputs(1, 77, 77, 4, 2, 8))
