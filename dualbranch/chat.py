@@ -132,7 +132,8 @@ def chat_format(tok: TokenizerBase) -> ChatFormat:
     if "<|end|>" in t and {"<|user|>", "<|assistant|>", "<|end|>"} <= c.keys():
         roles = {role: Opening((c[f"<|{role}|>"],)) for role in ("system", "user", "assistant") if f"<|{role}|>" in c}
         return turns("phi", "<|end|>", **roles)
-    if tok.end_id in stops and all(f"<|{role}|>\\n" in t or f"<|{role}|>\n" in t for role in ("user", "assistant")) and "eos_token" in t:
+    as_text = all(f"<|{role}|>\n" in t.replace("\\n", "\n") and f"<|{role}|>" not in c for role in ("user", "assistant"))
+    if as_text and "eos_token" in t and tok.end_id in stops:
         roles = {role: Opening((), f"<|{role}|>\n") for role in ("system", "user", "assistant")}
         return ChatFormat("zephyr", (), end=(tok.end_id,), stops=stops, thinking=_thinking(tok, t), tool_call=call, between="\n", **roles)
     warnings.warn("the checkpoint's chat template isn't one that is known here; prompts are continued as plain text", stacklevel=2)

@@ -18,14 +18,15 @@ FEW_QUERIES = 16  # on a GPU, calls with up to this many queries per row split t
 
 
 def _on_its_device(op: Callable) -> Callable:
-    """`op` with the first argument's GPU as the current one: Triton launches on that, wherever its arguments lie."""
+    """`op` with the GPU of its tensors as the current one: Triton launches on that, wherever its arguments lie."""
 
     @wraps(op)
-    def wrapped(x: Tensor, *args, **kwargs) -> Tensor:
-        if not x.is_cuda:
-            return op(x, *args, **kwargs)
-        with torch.cuda.device(x.device):
-            return op(x, *args, **kwargs)
+    def wrapped(*args, **kwargs) -> Tensor:
+        gpu = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_cuda), None)
+        if gpu is None:
+            return op(*args, **kwargs)
+        with torch.cuda.device(gpu):
+            return op(*args, **kwargs)
 
     return wrapped
 
