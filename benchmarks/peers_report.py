@@ -1,9 +1,9 @@
 """What `peers.py` writes: medians with their spread, each beside the roofline it could reach, as tables, JSON, Markdown and a plot.
 
-Roofline: a piece of work takes at least its bytes over the machine's read bandwidth and at least its FLOPs over its fp32 matmul peak (Williams et al. 2009),
-so `of_roofline` is the longer of the two over the measured seconds. Bytes of a decoded token: the weights its route reads and the keys and values
-it attends to, in the engine's own types; of a prompt: the weights once. FLOPs as in `dualbranch/accounting.py`, whatever the engine's arithmetic: integer
-dot products and a model that fits a cache may pass 100 %.
+Roofline: a piece of work takes at least its bytes over the machine's read bandwidth and at least its FLOPs over the peak of its matrix products in
+fp32 or, where it has units for it, bf16 (Williams et al. 2009), so `of_roofline` is the longer of the two over the measured seconds. Bytes of a
+decoded token: the weights its route reads and the keys and values it attends to, in the engine's own types; of a prompt: the weights once. FLOPs as
+in `dualbranch/accounting.py`, whatever the engine's arithmetic: integer dot products and a model that fits a cache may pass 100 %.
 """
 
 from __future__ import annotations
@@ -163,8 +163,8 @@ def markdown(result: Mapping[str, Any], plot: str | None) -> str:
         "",
         *([f"All weights come from {result['weights']}: other precisions hold the values that file rounds to.", ""] if result["weights"] else []),
         f"{result['device']}, {s['threads']} threads; {packages}; commit {result['commit']}; {result['date']}.",
-        f"Measured here in fp32 on as many threads: reading memory {number(machine['read_bytes_per_s'], 1e-9)} GB/s,",
-        f"matrix product {number(machine['flops_per_s'], 1e-9)} GFLOP/s.",
+        f"Measured here on as many threads: reading memory {number(machine['read_bytes_per_s'], 1e-9)} GB/s,",
+        f"the fastest matrix product (fp32, and bf16 where there are units for it) {number(machine['flops_per_s'], 1e-9)} GFLOP/s.",
         "",
         f"Every engine in a process of its own, in turn, {s['repeats']} rounds: every prompt once, and behind it {s['n_decode']} tokens, decoded twice and",
         "timed the second time. All are fed the same ids, nothing is sampled. First token: from ids to the logits of the last one. Load: from files to a model",

@@ -25,9 +25,9 @@ from dualbranch.schema import load_yaml
 from dualbranch.tokenizer import Tokenizer
 
 
-def matmul_flops(m: int, k: int, n: int, seconds: float = 0.3) -> float:
+def matmul_flops(m: int, k: int, n: int, seconds: float = 0.3, dtype: torch.dtype = torch.float32) -> float:
     """FLOP/s of one `(m, k) @ (k, n)`, over about `seconds`."""
-    a, b = torch.randn(m, k), torch.randn(k, n)
+    a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
     a @ b
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
