@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -205,7 +206,7 @@ def initial_student(config: RunConfig, model_config: DualBranchConfig, teacher: 
 
 def starting_point(config: RunConfig, teacher: DualBranchModel) -> DualBranchModel:
     """The model of `student.checkpoint`; where the slow branch is frozen, its fast branch beside this teacher's slow one: the same, or one fine-tuned from
-    it. Raises ValueError where it isn't what the config says, or predicts other tokens than the teacher."""
+    it (which is said, by a warning). Raises ValueError where it isn't what the config says, or predicts other tokens than the teacher."""
     student = load(config.student.checkpoint, device=teacher.device, dtype=torch.float32).model
     if student.config != config.model:
         different = differences(to_dict(config.model), to_dict(student.config), "model.")
@@ -213,7 +214,10 @@ def starting_point(config: RunConfig, teacher: DualBranchModel) -> DualBranchMod
     if student.config.vocab_size != teacher.config.vocab_size:
         raise ValueError(f"student.checkpoint has {student.config.vocab_size} tokens and the teacher {teacher.config.vocab_size}; they must share a vocabulary")
     if config.student.freeze_slow:
-        student.load_state_dict(teacher.state_dict(), strict=False)  # all but the fast branch and the gate
+        own, of_teacher = student.state_dict(), teacher.state_dict()  # the teacher's has all but the fast branch and the gate
+        if not all(torch.equal(own[name], weight) for name, weight in of_teacher.items()):
+            warnings.warn(f"student.checkpoint {config.student.checkpoint}: its slow branch isn't the teacher's; only its fast one goes on", stacklevel=2)
+            student.load_state_dict(of_teacher, strict=False)
     return student.train()
 
 
