@@ -5,8 +5,8 @@ Ways through, chosen by shape alone:
 - masked: sparse with a mask per KV head, for rows so short that a mask costs less than gathering;
 - by index: each query names the rows of the key table it reads, and nothing is copied; for decode on a CPU, dense and sparse;
 - gathered: the same with copies of what is read; for decode elsewhere, and where gradients are wanted;
-- by row (`_by_row`): prefill of longer rows. Queries that see few keys use a mask over just those keys; the rest meet
-  only the blocks they read.
+- by row (`_by_row`): prefill of longer rows. Neighbouring queries choose much the same blocks, so a tile of them meets all that one of them reads, with
+  a mask; where neighbours do not agree, each block meets the queries that chose it.
 Arguments are checked already. bf16 on a CPU is computed in fp32, which is far faster there, but for products of whole prefixes and with masks where the
 CPU has units for bf16.
 """
@@ -28,10 +28,10 @@ from kernels.spec import AttentionPlan, SparseSpec
 MASK_ELEMENTS = 1 << 22  # most (T x S) mask entries per row alive at once in a chunk of dense attention
 CACHED_MASK_ELEMENTS = 1 << 26  # masks of a plan are kept for the next layer up to this size
 MASKED_ELEMENTS = 1 << 19  # rows with T * S up to this take the masked way
-MASKED_RATIO = 3  # in the by-row way, a mask beats turning round until a query sees this many times the keys it reads
-MASKED_RATIO_BF16 = 8  # the same where masked products are in bf16 and the others are not
-MASKED_QUERIES = 128  # queries per mask there: small, so that keys after them are trimmed off
-SELECT_QUERIES = 256  # queries that choose blocks at once: their scores stay in the cache
+SHARED_RATIO = 3  # in the by-row way, tiles beat turning round until they hold this many times the keys that a query reads
+SHARED_RATIO_BF16 = 8  # the same where the products of tiles are in bf16 and the others are not
+TILE_QUERIES = 128  # queries per tile there
+SELECT_QUERIES = 512  # queries that choose blocks at once: their scores stay in the cache
 CHUNK_QUERIES = 1024  # sparse queries that are turned round at once: the more, the more of them meet in a block
 BAND_QUERIES = 512  # of which so many at once have all of their scores in memory
 GATHERED_ELEMENTS = 1 << 18
@@ -534,34 +534,36 @@ class _Band(NamedTuple):
     bias: Tensor  # (n_tiles or 1, tile, 1, L) added to each score: 0, or -inf for a key that the query does not read here
 
 
+class _Tile(NamedTuple):
+    """Some of a chunk's queries, and the keys they read whatever they choose."""
+
+    part: slice  # which ones
+    blocks: Tensor  # of the sinks and the windows
+    sinks: Tensor  # (n, keys of the sinks' blocks) which of them a query reads
+    window: Tensor  # (n, keys of the windows' blocks)
+
+
 class _SparseChunk(NamedTuple):
     """Queries of one document that all read sparsely, in order of position."""
 
     index: Tensor  # (Tc,) which queries of the row
     q_pos: Tensor  # (Tc,)
     doc_start: int
-    lowest: int  # q_pos of the first query
-    highest: int  # and of the last
-    bands: list[_Band]  # of each BAND_QUERIES queries
+    highest: int  # q_pos of the last query
+    tiles: list[_Tile]  # of each TILE_QUERIES queries
 
 
-def _split_rows(plan: AttentionPlan, spec: SparseSpec, by_hand: bool) -> list[tuple[list[_DenseChunk], list[_SparseChunk], list[_SparseChunk]]]:
-    """Each row's dense, masked and sparse chunks. `by_hand`: masked ones are computed in bf16."""
-    n_keys_read = spec.n_sinks + spec.window + spec.n_selected_blocks * spec.block_size
+def _split_rows(plan: AttentionPlan, spec: SparseSpec, by_hand: bool) -> list[tuple[list[_DenseChunk], list[_SparseChunk]]]:
+    """Each row's dense and sparse chunks. `by_hand`: products are in bf16."""
     rows = []
     for b in range(plan.q_pos.shape[0]):
         q_pos, doc_start = plan.q_pos[b], plan.doc_start[b]
         order = torch.sort(doc_start * plan.n_keys + q_pos, stable=True).indices
         order = order[q_pos[order] >= 0]
-        pos, start = q_pos[order], doc_start[order]
-        is_dense = pos - start < spec.dense_len
-        first, stop = _selectable_range(pos, start, spec)
-        masked = (pos - start < (MASKED_RATIO_BF16 if by_hand else MASKED_RATIO) * n_keys_read) | (stop - first < spec.n_selected_blocks)
+        is_dense = (q_pos - doc_start)[order] < spec.dense_len
         dense = [_make_dense_chunk(i, q_pos, doc_start, by_hand) for i in _parts(order[is_dense], DENSE_QUERIES)]
-        few, many = order[~is_dense & masked], order[~is_dense & ~masked]
-        few = [_make_sparse_chunk(i, q_pos, doc_start, spec, False) for i in _parts_of_documents(few, doc_start, MASKED_QUERIES)]
-        many = [_make_sparse_chunk(i, q_pos, doc_start, spec, True) for i in _parts_of_documents(many, doc_start, CHUNK_QUERIES)]
-        rows.append((dense, few, many))
+        sparse = [_make_sparse_chunk(i, q_pos, doc_start, spec) for i in _parts_of_documents(order[~is_dense], doc_start, CHUNK_QUERIES)]
+        rows.append((dense, sparse))
     return rows
 
 
@@ -587,10 +589,26 @@ def _make_dense_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor, by_hand: 
     return _DenseChunk(index, q_pos, doc_start, lo, hi, is_prefix, _rising_chunks(q_pos) if by_hand and one_document else None)
 
 
-def _make_sparse_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor, spec: SparseSpec, with_bands: bool) -> _SparseChunk:
+def _make_sparse_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor, spec: SparseSpec) -> _SparseChunk:
     pos, start = q_pos[index], int(doc_start[index[0]])
-    bands = [_make_band(part, start, spec) for part in pos.split(BAND_QUERIES)] if with_bands else []
-    return _SparseChunk(index, pos, start, int(pos[0]), int(pos[-1]), bands)
+    tiles: list[_Tile] = []
+    for t in range(0, len(pos), TILE_QUERIES):
+        tile = _make_tile(t, pos[t : t + TILE_QUERIES], start, spec)
+        if tiles and all(map(torch.equal, tile[2:], tiles[-1][2:])):  # consecutive queries: the same masks for all tiles
+            tile = _Tile(*tile[:2], *tiles[-1][2:])
+        tiles.append(tile)
+    return _SparseChunk(index, pos, start, int(pos[-1]), tiles)
+
+
+def _make_tile(t: int, pos: Tensor, doc_start: int, spec: SparseSpec) -> _Tile:
+    bs, sinks_end, n_blocks = spec.block_size, doc_start + spec.n_sinks, int(pos[-1]) // spec.block_size + 1
+    of_sinks = torch.arange(doc_start // bs, min(-(-sinks_end // bs), n_blocks), device=pos.device)
+    of_window = torch.arange(max(doc_start, int(pos[0]) - spec.window + 1) // bs, n_blocks, device=pos.device)
+    pos = pos[:, None]
+    sinks, window = ((x[:, None] * bs + torch.arange(bs, device=pos.device)).flatten() for x in (of_sinks, of_window))
+    window = (window > pos - spec.window) & (window <= pos)  # documents begin with a block
+    sinks = (sinks < sinks_end) & (sinks <= pos)
+    return _Tile(slice(t, t + len(pos)), torch.cat([of_sinks, of_window]), sinks, window)
 
 
 def _make_band(pos: Tensor, doc_start: int, spec: SparseSpec) -> _Band:
@@ -618,11 +636,10 @@ def _make_band(pos: Tensor, doc_start: int, spec: SparseSpec) -> _Band:
 def _by_row(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor | None) -> Tensor:
     """Sparse prefill of long rows.
 
-    A row's queries are put in order of document and position. Those below dense_len are dense. The next ones see few more
-    keys than they read: masked SDPA over those keys (`_read_masked`). The rest go in chunks, one KV head at a time
-    (`_read_chunk`): sinks and window are a band (tiles of consecutive queries against one list of keys); the scores of chosen
-    blocks are turned round, from "the blocks of a query" to "the queries of a block", so that each block meets its queries in
-    one product; their values are summed where they lie. One softmax covers both parts.
+    A row's queries are put in order of document and position. Those below dense_len are dense. The rest go in chunks, one KV head at a time. Where
+    neighbours agree, tiles of them meet the keys that any of them reads (`_read_shared`). Where they do not (`_read_chunk`), sinks and window are a band
+    (tiles of consecutive queries against one list of keys); the scores of chosen blocks are turned round, from "the blocks of a query" to "the queries of
+    a block", so that each block meets its queries in one product; their values are summed where they lie. One softmax covers both parts.
     """
     B, T, H, D = q.shape
     Hk, bs = k.shape[2], spec.block_size
@@ -642,26 +659,25 @@ def _by_row(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSp
         else:
             out[b, :, heads].index_copy_(0, index, x.to(out.dtype))
 
-    for b, (dense, masked, sparse) in enumerate(plan.cached(("rows", spec, by_hand), lambda: _split_rows(plan, spec, by_hand))):
+    limit = (SHARED_RATIO_BF16 if by_hand else SHARED_RATIO) * (spec.n_sinks + spec.window + spec.n_selected_blocks * bs)
+    for b, (dense, sparse) in enumerate(plan.cached(("rows", spec, by_hand), lambda: _split_rows(plan, spec, by_hand))):
         qb, kb, vb, pooled_b = q[b], k[b], v[b], pooled[b].transpose(0, 1)
         for chunk in dense:
             write(b, chunk.index, slice(None), _dense_chunk(qb.index_select(0, chunk.index), kb, vb, chunk))
-        if masked and by_hand:
-            turned, read_masked = (kb.permute(1, 2, 0).contiguous(), vb.transpose(0, 1).contiguous()), _read_masked_by_hand
-        else:
-            turned, read_masked = (kb, vb), _read_masked
-        for chunk in masked:
-            qc = qb.index_select(0, chunk.index)
-            q_sum = upcast(qc.detach()).view(-1, Hk, G, D).sum(2).transpose(0, 1)
-            write(b, chunk.index, slice(None), run(read_masked, qc, *turned, _choose(q_sum, pooled_b, chunk, spec), chunk, spec, use_reentrant=False))
         for h in range(Hk) if sparse else ():
-            n = max(chunk.highest + 1 for chunk in sparse)
-            k_h, v_h = _compute(kb[:, h]), _compute(vb[:n, h]).contiguous()
-            k_blocks = k_h[: n // bs * bs].reshape(-1, bs, D).transpose(1, 2).contiguous()  # (n // bs, D, bs)
-            for chunk in sparse:
-                qc = _compute(qb[:, h * G : (h + 1) * G].index_select(0, chunk.index))  # (Tc, G, D)
-                ids = _choose(qc.detach().sum(1), pooled_b[h], chunk, spec)
-                write(b, chunk.index, slice(h * G, (h + 1) * G), run(_read_chunk, qc, k_h, v_h, k_blocks, ids, chunk, spec, use_reentrant=False))
+            n, heads = max(chunk.highest + 1 for chunk in sparse), slice(h * G, (h + 1) * G)
+            k_h, v_h = kb[:n, h].contiguous(), vb[:n, h].contiguous()
+            turned = cache(lambda k=k_h, v=v_h: _turned(k, v, bs))
+            for i, chunk in enumerate(sparse):
+                qc = qb[:, heads].index_select(0, chunk.index)  # (Tc, G, D)
+                ids = _choose(upcast(qc.detach()).sum(1), pooled_b[h], chunk, spec)
+                shared = _share(ids, chunk, spec, limit)
+                if shared:
+                    read = run(_read_shared, qc, k_h, v_h, shared, chunk, spec, use_reentrant=False)
+                else:
+                    bands = plan.cached(("bands", spec, b, i), lambda c=chunk: [_make_band(x, c.doc_start, spec) for x in c.q_pos.split(BAND_QUERIES)])
+                    read = run(_read_chunk, _compute(qc), *turned(), ids, chunk, bands, spec, use_reentrant=False)
+                write(b, chunk.index, heads, read)
     if trained:
         rows, values = torch.cat([i.flatten() for i, _ in parts]), torch.cat([x.reshape(-1, D) for _, x in parts])
         out = q.new_zeros(B * T * H, D).index_copy(0, rows, values).view(q.shape)
@@ -704,51 +720,59 @@ def _dense_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: _DenseChunk) -> Tensor:
     return _sdpa(q.unsqueeze(0), k, v, mask, chunk.is_prefix)[0]
 
 
-def _masked_range(chunk: _SparseChunk, spec: SparseSpec) -> tuple[int, int]:
-    """The keys [lo, hi) that hold all a masked chunk reads."""
-    if spec.n_sinks == spec.n_selected_blocks == 0:  # a window alone: the keys before it are left out
-        return max(chunk.doc_start, (chunk.lowest - spec.window + 1) // spec.block_size * spec.block_size), chunk.highest + 1
-    return chunk.doc_start, chunk.highest + 1
+def _share(block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec, limit: int) -> list[tuple[Tensor, Tensor]]:
+    """For each tile of the chunk the blocks (L,) that one of its queries reads, ascending, and which of them each query chose (n, M), L for none; from
+    block_ids (Tc, M). Empty if the tiles read more than `limit` keys on average, unless some query chose fewer than M blocks."""
+    Tc, M = block_ids.shape
+    N, n_tiles = chunk.highest // spec.block_size + 1, len(chunk.tiles)
+    ids = block_ids.masked_fill(block_ids < 0, N)  # one more column takes what is not used
+    ids = F.pad(ids, (0, 0, 0, -Tc % TILE_QUERIES), value=N).view(n_tiles, TILE_QUERIES * M)
+    is_read = torch.zeros(n_tiles, N + 1, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)
+    for row, tile in zip(is_read, chunk.tiles, strict=True):
+        row[tile.blocks] = True
+    is_read = is_read[:, :N]
+    counts = is_read.sum(1).tolist()
+    if sum(counts) * spec.block_size > limit * n_tiles and not (block_ids < 0).any():
+        return []
+    column = F.pad(is_read.cumsum(1) - 1, (0, 1))
+    column[:, N] = torch.tensor(counts)
+    column = column.gather(1, ids).view(n_tiles * TILE_QUERIES, M)[:Tc]
+    blocks = is_read.nonzero()[:, 1].split(counts)
+    return [(x, column[tile.part]) for x, tile in zip(blocks, chunk.tiles, strict=True)]
 
 
-def _bias(block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec, dtype: torch.dtype) -> Tensor:
-    """(Hk, Tc, hi - lo) of `_masked_range`: 0 for keys that a query reads, -inf for others; from block_ids (Hk, Tc, M)."""
-    Hk, Tc, bs = *block_ids.shape[:2], spec.block_size
-    lo, hi = _masked_range(chunk, spec)
-    first, n_blocks = lo // bs, -(-(hi - lo) // bs)
-    ids = torch.where(block_ids < 0, n_blocks, block_ids - first)  # the last column takes the -1s
-    blocks = torch.full((Hk, Tc, n_blocks + 1), float("-inf"), dtype=dtype, device=ids.device).scatter_(-1, ids, 0.0)[..., :n_blocks]
-    bias = blocks.unsqueeze(-1).expand(-1, -1, -1, bs).contiguous().flatten(2)[..., : hi - lo]  # chosen blocks are complete: no key of the future
-    s, pos = torch.arange(lo, hi, device=ids.device), chunk.q_pos[:, None]
-    window = max(0, chunk.lowest - spec.window + 1 - lo)
-    bias[..., window:].masked_fill_((s[window:] > pos - spec.window) & (s[window:] <= pos), 0.0)
-    bias[..., : spec.n_sinks].masked_fill_(s[: spec.n_sinks] <= pos, 0.0)
-    return bias
+def _read_shared(q: Tensor, k: Tensor, v: Tensor, shared: list[tuple[Tensor, Tensor]], chunk: _SparseChunk, spec: SparseSpec) -> Tensor:
+    """One KV head's queries q (Tc, G, D) over k, v (S, D), each tile over what `_share` found -> (Tc, G, D)."""
+    within, attend = torch.arange(spec.block_size, device=q.device), _by_hand if q.dtype == torch.bfloat16 else _by_sdpa
+    out = []
+    for tile, (blocks, chosen) in zip(chunk.tiles, shared, strict=True):
+        n, L = len(chosen), len(blocks)
+        rows = (blocks[:, None] * spec.block_size + within).flatten().clamp(max=chunk.highest)  # later keys may be NaN
+        bias = q.new_full((n, L + 1), float("-inf")).scatter_(1, chosen, 0.0)[:, :L].repeat_interleave(spec.block_size, 1)
+        bias[:, : tile.sinks.shape[1]].masked_fill_(tile.sinks, 0.0)
+        bias[:, len(rows) - tile.window.shape[1] :].masked_fill_(tile.window, 0.0)
+        out.append(attend(q[tile.part].transpose(0, 1), k.index_select(0, rows), v.index_select(0, rows), bias).transpose(0, 1))
+    return torch.cat(out) if len(out) > 1 else out[0]
 
 
-def _read_masked(q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec) -> Tensor:
-    """q (Tc, H, D) over all that k, v (S, Hk, D) hold of the document, with a mask from block_ids (Hk, Tc, M) -> (Tc, H, D)."""
-    Tc, H, D = q.shape
-    Hk, (lo, hi) = k.shape[1], _masked_range(chunk, spec)
-    G = H // Hk
-    bias = _bias(block_ids, chunk, spec, q.dtype).unsqueeze(1).expand(-1, G, -1, -1)  # (Hk, G, Tc, hi - lo)
-    qg = q.view(Tc, Hk, G, D).permute(1, 2, 0, 3)
-    kg, vg = (x[lo:hi].transpose(0, 1).unsqueeze(1).expand(-1, G, -1, -1) for x in (k, v))
-    return F.scaled_dot_product_attention(qg, kg, vg, attn_mask=bias).permute(2, 0, 1, 3).reshape(Tc, H, D)
+def _by_hand(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """q (G, n, D) over k, v (L, D), bias (n, L) -> (G, n, D), as two products and a softmax: fast in bf16 on a CPU that has units for it."""
+    scores = ((q * q.shape[-1] ** -0.5).reshape(-1, q.shape[-1]) @ k.t()).view(len(q), *bias.shape)
+    return (scores.add_(bias).softmax(-1).flatten(0, 1) @ v).view(q.shape)
 
 
-def _read_masked_by_hand(q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec) -> Tensor:
-    """The same in bf16, as two products and a softmax: k (Hk, D, S), v (Hk, S, D)."""
-    Tc, H, D = q.shape
-    Hk, (lo, hi) = k.shape[0], _masked_range(chunk, spec)
-    qg = (q * D**-0.5).view(Tc, Hk, -1, D).permute(1, 2, 0, 3).reshape(Hk, -1, D)
-    scores = torch.bmm(qg, k[:, :, lo:hi]).view(Hk, -1, Tc, hi - lo)
-    scores += _bias(block_ids, chunk, spec, q.dtype).unsqueeze(1)
-    return torch.bmm(scores.softmax(-1).flatten(1, 2), v[:, lo:hi]).view(Hk, -1, Tc, D).permute(2, 0, 1, 3).reshape(Tc, H, D)
+def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q[None], k.expand(1, len(q), -1, -1), v.expand(1, len(q), -1, -1), attn_mask=bias[None, None])[0]
 
 
-def _read_chunk(q: Tensor, k: Tensor, v: Tensor, k_blocks: Tensor, block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec) -> Tensor:
-    """One KV head's queries q (Tc, G, D) over k, v (S, D) and k_blocks (n, D, bs), reading block_ids (Tc, M) -> (Tc, G, D)."""
+def _turned(k: Tensor, v: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_read_chunk` takes of one KV head's k, v (S, D): both, and k's whole blocks as (S // block_size, D, block_size)."""
+    k, v, n = _compute(k), _compute(v), len(k) // block_size
+    return k, v, k[: n * block_size].view(n, block_size, k.shape[1]).transpose(1, 2).contiguous()
+
+
+def _read_chunk(q: Tensor, k: Tensor, v: Tensor, k_blocks: Tensor, block_ids: Tensor, chunk: _SparseChunk, bands: list[_Band], spec: SparseSpec) -> Tensor:
+    """One KV head's queries q (Tc, G, D) over k, v (S, D) and k_blocks (n, D, bs), reading block_ids (Tc, M), all in use -> (Tc, G, D)."""
     Tc, G, D = q.shape
     M, bs = spec.n_selected_blocks, spec.block_size
     q = q * D**-0.5
@@ -758,7 +782,7 @@ def _read_chunk(q: Tensor, k: Tensor, v: Tensor, k_blocks: Tensor, block_ids: Te
         slots = slot_of_pair.view(Tc, 1, M) * G + torch.arange(G, device=q.device)[:, None]  # (Tc, G, M) rows of scores
         keys = (block_ids.int() * bs).unsqueeze(-1) + torch.arange(bs, dtype=torch.int32, device=q.device)
     out, weights = [], []
-    for i, band in enumerate(chunk.bands):
+    for i, band in enumerate(bands):
         part = slice(i * BAND_QUERIES, (i + 1) * BAND_QUERIES)
         qc, tile, (n_tiles, L) = q[part], band.bias.shape[1], band.keys.shape
         n, left_over = len(qc), n_tiles * tile - len(qc)

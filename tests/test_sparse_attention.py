@@ -17,7 +17,7 @@ def whole(S, B=1):
     return AttentionPlan(torch.arange(S).expand(B, -1), S)
 
 
-WAYS = {"masked": (1 << 40, 0), "trimmed": (0, 1 << 40), "turned round": (0, 0), "both": (0, 1)}  # MASKED_ELEMENTS, MASKED_RATIO
+WAYS = {"masked": (1 << 40, 0), "shared": (0, 1 << 40), "turned round": (0, 0), "both": (0, 1)}  # MASKED_ELEMENTS, SHARED_RATIO
 
 
 @pytest.fixture(params=WAYS)
@@ -32,8 +32,8 @@ def way(request, monkeypatch):
 
 def set_way(monkeypatch, name):
     monkeypatch.setattr("kernels.blockwise.MASKED_ELEMENTS", WAYS[name][0])
-    monkeypatch.setattr("kernels.blockwise.MASKED_RATIO", WAYS[name][1])
-    monkeypatch.setattr("kernels.blockwise.MASKED_QUERIES", 32)
+    monkeypatch.setattr("kernels.blockwise.SHARED_RATIO", WAYS[name][1])
+    monkeypatch.setattr("kernels.blockwise.TILE_QUERIES", 32)
 
 
 def keys_by_loops(q, k, plan, spec):
@@ -269,6 +269,34 @@ def test_queries_below_dense_len_are_bit_equal_to_dense():
     assert torch.equal(sparse_attention(q, k, v, whole(24), SPEC), dense_attention(q, k, v, whole(24)))
 
 
+def test_nothing_before_and_behind_documents_is_read(way):
+    """Two documents in one row; keys before the first and behind the second are NaN."""
+    first, second = torch.arange(8, 45), torch.arange(56, 86)
+    plan = AttentionPlan(torch.cat([first, second])[None], 90, torch.cat([first * 0 + 8, second * 0 + 56])[None])
+    q, k, v = make(1, len(first) + len(second), 90, 4, 2, 8)
+    unseen = (torch.arange(90) < 8) | (torch.arange(90) > 85)
+    for spec in (SPEC, SparseSpec(8, 2, 30, 3, 0)):  # the second: sparse queries whose window is longer than their document
+        expected = reference.sparse_attention(q, k, v, plan, spec)
+        poisoned = (x.masked_fill(unseen[:, None, None], NAN) for x in (k, v))
+        assert_same(sparse_attention(q, *poisoned, plan, spec, pool_keys(k, 8)), expected)
+
+
+def test_tiles_are_shared_where_neighbours_choose_alike(monkeypatch):
+    calls = []
+    for name in ("_read_shared", "_read_chunk"):
+        read = getattr(blockwise, name)
+        monkeypatch.setattr(blockwise, name, lambda *args, name=name, read=read: calls.append(name) or read(*args))
+    spec, plan = SparseSpec(8, 3, 16, 0, 200), whole(1024)
+    monkeypatch.setattr("kernels.blockwise.SHARED_RATIO", 5)
+    for alike, expected in ((True, "_read_shared"), (False, "_read_chunk")):
+        q, k, v = make(1, 1024, 1024, 2, 1, 8)
+        if alike:
+            q[:], k[:, 32:56] = 1.0, 3.0
+        assert_same(sparse_attention(q, k, v, plan, spec), reference.sparse_attention(q, k, v, plan, spec))
+        assert set(calls) == {expected}
+        calls.clear()
+
+
 def test_bf16_stays_close_to_fp32(way):
     q, k, v = make(1, 90, 90, 4, 2, 8, dtype=torch.bfloat16)
     out = sparse_attention(q, k, v, whole(90), SPEC)
@@ -281,8 +309,8 @@ def test_bf16_stays_close_to_fp32(way):
 def test_products_in_bf16_stay_close_to_fp32(monkeypatch, ratio, H, Hk):
     """Where a CPU has units for bf16: packed documents, padding, and a prompt behind what is cached; none of it masked is read."""
     monkeypatch.setattr("kernels.blockwise.has_bf16_units", lambda device: True)
-    monkeypatch.setattr("kernels.blockwise.MASKED_RATIO_BF16", ratio)
-    monkeypatch.setattr("kernels.blockwise.MASKED_QUERIES", 32)
+    monkeypatch.setattr("kernels.blockwise.SHARED_RATIO_BF16", ratio)
+    monkeypatch.setattr("kernels.blockwise.TILE_QUERIES", 32)
     t = torch.arange(90)
     plans = {
         "whole": whole(90, 2),
