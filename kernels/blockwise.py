@@ -142,15 +142,18 @@ def _rising_in_bf16(q: Tensor, k: Tensor, v: Tensor, chunks: list[tuple[slice, i
 
 
 def _one_query_in_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one query q (1, 1, H, D) over all of k, v (1, S, Hk, D). Each query head is a row that is zero but at its KV head, so that two products
-    read keys and values as they lie, once, and copy nothing."""
+    """Attention of one query q (1, 1, H, D) over all of k, v (1, S, Hk, D): two products read keys and values as they lie, once, and copy nothing."""
     _, _, H, D = q.shape
     Hk = k.shape[2]
-    own = torch.eye(Hk, dtype=q.dtype, device=q.device)[:, None, :, None]  # (Hk, 1, Hk, 1)
-    rows = ((q * D**-0.5).view(Hk, H // Hk, 1, D) * own).view(H, Hk * D)
-    p = (rows @ k[0].flatten(1).t()).softmax(-1)
+    p = (_own_columns(q * D**-0.5, Hk) @ k[0].flatten(1).t()).softmax(-1)
     out = (p @ v[0].flatten(1)).view(Hk, H // Hk, Hk, D)
     return out.diagonal(dim1=0, dim2=2).permute(2, 0, 1).reshape(1, 1, H, D)
+
+
+def _own_columns(q: Tensor, n_kv_heads: int) -> Tensor:
+    """(H, Hk * D): a row for each head of q (..., H, D), zero but in the columns of its KV head."""
+    own = torch.eye(n_kv_heads, dtype=q.dtype, device=q.device)[:, None, :, None]
+    return (q.view(n_kv_heads, -1, 1, q.shape[-1]) * own).flatten(2).flatten(0, 1)
 
 
 def _chunks(plan: AttentionPlan) -> list[tuple[int, int, int, int]]:
@@ -464,7 +467,7 @@ class _SparseReads(NamedTuple):
 
     reads: _Reads  # the last n_chosen * block_size entries are the chosen blocks', filled in by each layer
     n_chosen: int  # blocks per query
-    blocks: _Reads | None  # of the pooled keys: the selectable ones; None where all are chosen
+    blocks: _Reads | slice | None  # of the pooled keys: the selectable ones, of one query a range of them; None where all are chosen
     first: Tensor  # (n, Hk, 1, block_size) rows of the first selectable block
     low: Tensor  # (n, Hk, 1) rows before it are read as sinks
     high: Tensor  # (n, Hk, 1) rows after it are in the window, or in no selectable block; -1 where none is left
@@ -484,7 +487,9 @@ def _sparse_reads(H: int, k: Tensor, pooled: Tensor, plan: AttentionPlan, spec: 
     n_blocks = max(0, int((stop - first).amax()))
     n_chosen = min(n_blocks, spec.n_selected_blocks)
     blocks = None
-    if n_blocks > n_chosen > 0:
+    if n_blocks > n_chosen > 0 and len(q_pos) == 1:
+        blocks = slice(int(first), int(first) + n_blocks)
+    elif n_blocks > n_chosen > 0:
         n = first + torch.arange(n_blocks, device=k.device)
         unused = n >= stop
         n = torch.where(unused, torch.minimum(first, stop - 1).clamp(min=0), n)
@@ -505,8 +510,12 @@ def _sparse_by_index(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec:
         if s.blocks is None:
             ids = torch.arange(s.n_chosen, device=q.device)
         else:
-            scores = _scores(upcast(q).view(-1, Hk, H // Hk, D).sum(2), _table(upcast(pooled)), s.blocks, 1.0)
-            ids = _best(scores.view(*s.own.shape[:2], -1), s.n_chosen)[1]  # (n, Hk, M), counted from the first selectable block
+            q_sum = upcast(q).view(-1, Hk, H // Hk, D).sum(2)
+            if isinstance(s.blocks, slice):  # pooled keys are read as they lie; products with few columns are faster than with few rows
+                scores = (upcast(pooled[0, s.blocks]).flatten(1) @ _own_columns(q_sum, Hk).t()).t()
+            else:
+                scores = _scores(q_sum, _table(upcast(pooled)), s.blocks, 1.0)
+            ids = _best(scores.reshape(*s.own.shape[:2], -1), s.n_chosen)[1]  # (n, Hk, M), counted from the first selectable block
         chosen = (s.first + (ids * (bs * Hk)).unsqueeze(-1)).flatten(2)  # (n, Hk, M * bs)
         hidden = chosen.clamp(s.low, s.high) != chosen
         s.reads.rows[..., -chosen.shape[2] :] = torch.where(hidden, s.own, chosen).unsqueeze(2)
