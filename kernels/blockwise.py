@@ -548,6 +548,7 @@ class _Tile(NamedTuple):
 
     part: slice  # which ones
     blocks: Tensor  # of the sinks and the windows
+    last: int  # of those
     sinks: Tensor  # (n, keys of the sinks' blocks) which of them a query reads
     window: Tensor  # (n, keys of the windows' blocks)
 
@@ -603,8 +604,8 @@ def _make_sparse_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor, spec: Sp
     tiles: list[_Tile] = []
     for t in range(0, len(pos), TILE_QUERIES):
         tile = _make_tile(t, pos[t : t + TILE_QUERIES], start, spec)
-        if tiles and all(map(torch.equal, tile[2:], tiles[-1][2:])):  # consecutive queries: the same masks for all tiles
-            tile = _Tile(*tile[:2], *tiles[-1][2:])
+        if tiles and all(map(torch.equal, tile[3:], tiles[-1][3:])):  # consecutive queries: the same masks for all tiles
+            tile = _Tile(*tile[:3], *tiles[-1][3:])
         tiles.append(tile)
     return _SparseChunk(index, pos, start, int(pos[-1]), tiles)
 
@@ -617,7 +618,7 @@ def _make_tile(t: int, pos: Tensor, doc_start: int, spec: SparseSpec) -> _Tile:
     sinks, window = ((x[:, None] * bs + torch.arange(bs, device=pos.device)).flatten() for x in (of_sinks, of_window))
     window = (window > pos - spec.window) & (window <= pos)  # documents begin with a block
     sinks = (sinks < sinks_end) & (sinks <= pos)
-    return _Tile(slice(t, t + len(pos)), torch.cat([of_sinks, of_window]), sinks, window)
+    return _Tile(slice(t, t + len(pos)), torch.cat([of_sinks, of_window]), n_blocks - 1, sinks, window)
 
 
 def _make_band(pos: Tensor, doc_start: int, spec: SparseSpec) -> _Band:
@@ -731,16 +732,20 @@ def _dense_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: _DenseChunk) -> Tensor:
 
 def _share(block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec, limit: int) -> list[tuple[Tensor, Tensor]]:
     """For each tile of the chunk the blocks (L,) that one of its queries reads, ascending, and which of them each query chose (n, M), L for none; from
-    block_ids (Tc, M). Empty if the tiles read more than `limit` keys on average, unless some query chose fewer than M blocks."""
+    block_ids (Tc, M). Where that is half of the blocks from the first to the last, all of those: a slice costs less than a copy. Empty if the tiles read
+    more than `limit` keys on average, unless some query chose fewer than M blocks."""
     Tc, M = block_ids.shape
     N, n_tiles = chunk.highest // spec.block_size + 1, len(chunk.tiles)
     ids = block_ids.masked_fill(block_ids < 0, N)  # one more column takes what is not used
     ids = F.pad(ids, (0, 0, 0, -Tc % TILE_QUERIES), value=N).view(n_tiles, TILE_QUERIES * M)
     is_read = torch.zeros(n_tiles, N + 1, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)
+    is_read = is_read[:, :N]
     for row, tile in zip(is_read, chunk.tiles, strict=True):
         row[tile.blocks] = True
-    is_read = is_read[:, :N]
     counts = is_read.sum(1).tolist()
+    for i, (first, tile) in enumerate(zip(is_read.int().argmax(1).tolist(), chunk.tiles, strict=True)):
+        if 2 * counts[i] > tile.last - first:
+            is_read[i, first : tile.last + 1], counts[i] = True, tile.last + 1 - first
     if sum(counts) * spec.block_size > limit * n_tiles and not (block_ids < 0).any():
         return []
     column = F.pad(is_read.cumsum(1) - 1, (0, 1))
@@ -752,15 +757,20 @@ def _share(block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec, limit: int)
 
 def _read_shared(q: Tensor, k: Tensor, v: Tensor, shared: list[tuple[Tensor, Tensor]], chunk: _SparseChunk, spec: SparseSpec) -> Tensor:
     """One KV head's queries q (Tc, G, D) over k, v (S, D), each tile over what `_share` found -> (Tc, G, D)."""
-    within, attend = torch.arange(spec.block_size, device=q.device), _by_hand if q.dtype == torch.bfloat16 else _by_sdpa
+    bs, attend = spec.block_size, _by_hand if q.dtype == torch.bfloat16 else _by_sdpa
+    within = torch.arange(bs, device=q.device)
     out = []
     for tile, (blocks, chosen) in zip(chunk.tiles, shared, strict=True):
-        n, L = len(chosen), len(blocks)
-        rows = (blocks[:, None] * spec.block_size + within).flatten().clamp(max=chunk.highest)  # later keys may be NaN
-        bias = q.new_full((n, L + 1), float("-inf")).scatter_(1, chosen, 0.0)[:, :L].repeat_interleave(spec.block_size, 1)
+        n, L, first = len(chosen), len(blocks), int(blocks[0])
+        bias = q.new_full((n, L + 1), float("-inf")).scatter_(1, chosen, 0.0)[:, :L].repeat_interleave(bs, 1)
         bias[:, : tile.sinks.shape[1]].masked_fill_(tile.sinks, 0.0)
-        bias[:, len(rows) - tile.window.shape[1] :].masked_fill_(tile.window, 0.0)
-        out.append(attend(q[tile.part].transpose(0, 1), k.index_select(0, rows), v.index_select(0, rows), bias).transpose(0, 1))
+        bias[:, L * bs - tile.window.shape[1] :].masked_fill_(tile.window, 0.0)
+        if tile.last + 1 - first == L:
+            k_tile, v_tile = (x[first * bs : (tile.last + 1) * bs] for x in (k, v))
+        else:
+            rows = (blocks[:, None] * bs + within).flatten().clamp(max=chunk.highest)  # later keys may be NaN
+            k_tile, v_tile = (x.index_select(0, rows) for x in (k, v))
+        out.append(attend(q[tile.part].transpose(0, 1), k_tile, v_tile, bias[:, : len(k_tile)]).transpose(0, 1))
     return torch.cat(out) if len(out) > 1 else out[0]
 
 
