@@ -118,7 +118,7 @@ def peak_extra_mib(call, device: str) -> float:
 @torch.inference_mode()
 def measure_one(phase: str, n: int, data: str, args: argparse.Namespace) -> dict:
     """One table row: a whole prefill of n tokens, or one decode step over n keys: of LAYERS layers, each with a cache of its own, as a model has them."""
-    spec = args.spec
+    spec = SparseSpec()
     T, n_layers = (n, 1) if phase == "prefill" else (1, LAYERS)
     q, k, v = make(T, n, args, data)
     plan = AttentionPlan(torch.arange(n - T, n, device=args.device)[None], n)
@@ -173,7 +173,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--n-heads", type=int, default=8)
     parser.add_argument("--n-kv-heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--dense-len", type=int, default=SparseSpec.dense_len, help="of the sparse rule: shorter contexts are dense (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads; 1 is the fairest on a machine that is not idle")
     parser.add_argument("--cpu-time", action="store_true", help="count this process's CPU seconds, not wall time: for a busy machine, with --threads 1")
     parser.add_argument("--device", default="cpu")
@@ -183,19 +182,19 @@ def main(argv: list[str] | None = None) -> list[dict]:
         raise ValueError("--cpu-time means something only with --threads 1 on --device cpu")
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.dtype, args.spec = getattr(torch, args.dtype), SparseSpec(dense_len=args.dense_len)
+    args.dtype = getattr(torch, args.dtype)
     args.lengths = args.lengths or (LENGTHS[:2] if args.quick else LENGTHS)
     args.repeats = 1 if args.quick else args.repeats
     worst = check(args)
     cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if args.device == "cuda" else cpu
     print(f"equal to the reference within {worst:.1e}; {device}, {args.dtype}, {'CPU' if args.cpu_time else 'wall'} time")
-    print(f"{args.n_heads} heads x {args.head_dim}, {args.n_kv_heads} KV heads, batch 1, {args.spec}")
+    print(f"{args.n_heads} heads x {args.head_dim}, {args.n_kv_heads} KV heads, batch 1, {SparseSpec()}")
     print("| phase | data | keys | distinct | SDPA ms | dense ms | sparse ms | faster than best dense | SDPA MiB | sparse MiB |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     rows = measure(args)
     info = {"torch": torch.__version__, "commit": commit(), "device": device, "backend": get_backend(), "dtype": str(args.dtype), "cpu_time": args.cpu_time}
-    info |= {"n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads, "head_dim": args.head_dim, "spec": vars(args.spec), "max_error": worst}
+    info |= {"n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads, "head_dim": args.head_dim, "spec": vars(SparseSpec()), "max_error": worst}
     print(json.dumps({"benchmark": "attention", **info, "rows": rows}))
     return rows
 

@@ -194,6 +194,9 @@ def test_smollm2_comes_near_its_target_with_sizes_that_others_can_read(share):
     assert 0.95 * share < reached <= share, f"{reached:.3f} with {small.n_layers} layers, {small.d_model} wide, {small.n_heads} heads, {small.d_ff} neurons"
     assert small.d_ff % 32 == small.d_model % small.n_heads == 0 and small.n_heads == 3 * small.n_kv_heads
     assert (small.d_model == config.d_model) == (share > 0.3), "width goes last, when the embedding would leave too little to the layers"
+    if share == 0.5:
+        given = choose_sizes(config, share, n_layers=30, n_kv_heads=3, d_ff=1536)
+        assert given.d_model < config.d_model and total_params(given) <= share * total_params(config), "or when all else is given"
 
 
 def test_the_command_prunes_on_the_users_text_and_reports(tmp_path, capsys):

@@ -9,6 +9,7 @@ an untrained model of the same dialect: distil it from the original afterwards (
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -88,10 +89,10 @@ def prune(
 def choose_sizes(config: DualBranchConfig, target_share: float | None, **given: int) -> DualBranchConfig:
     """The config of the pruned model: at most `target_share` of the parameters, `given` sizes taken as they are.
 
-    Groups of heads and neurons shrink alike, layers by the square root of that share (depth is dearer than width), and channels not at all where embedding
-    and head then leave a third of the parameters to the layers: a narrow stream makes do with half of each embedding (docs/experiments.md: 4 times the
-    perplexity). Else channels shrink as heads do. Sizes stay multiples that kernels and quantised blocks like. What rounding leaves is spent on
-    neurons. Windows are left out: they depend on which layers stay.
+    Groups of heads and neurons shrink alike, layers by the square root of that share (depth is dearer than width). Channels shrink as heads do, but only
+    where that can't be had otherwise, or embedding and head at full width leave less than a third of the parameters to the layers: cut channels are cut
+    from every embedding (docs/experiments.md: 4 times the perplexity). Sizes stay multiples that kernels and quantised blocks like. What rounding leaves
+    is spent on neurons. Windows are left out: they depend on which layers stay.
     """
     c = dataclasses.replace(config, n_stem=config.n_layers, n_tail=0, **_NO_WINDOWS)
     for name, size in given.items():
@@ -103,10 +104,9 @@ def choose_sizes(config: DualBranchConfig, target_share: float | None, **given: 
         raise ValueError(f"target_share is {target_share}; it must lie in (0, 1], a share of the model's parameters")
     limit = math.floor(target_share * total_params(c) + 1e-9)
     ends = c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
-    if 3 * ends <= 2 * limit:
-        given = {"d_model": c.d_model} | given
-    for step in range(_STEPS, -1, -1):
-        small = _shrunk(c, step / _STEPS, given)
+    wide = [{"d_model": c.d_model} | given] if 3 * ends <= 2 * limit else []
+    for sizes, step in itertools.product([*wide, given], range(_STEPS, -1, -1)):
+        small = _shrunk(c, step / _STEPS, sizes)
         if total_params(small) <= limit:
             break
     else:
