@@ -39,12 +39,16 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.3, 0.5])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     args = parser.parse_args(argv)
+    try:
+        text = read_text(args.text, args.wikitext, args.last)
+    except ValueError as error:
+        parser.error(str(error))
     found = load(args.model, dtype=args.dtype)
     if found.model.calibration is None or found.model.config.is_dense:
         parser.error(f"{args.model} has no calibrated gate; give the folder `gate` of a run")
     if not all(0 < share < 1 for share in args.shares):
         parser.error(f"--shares are {args.shares}; each must lie between 0 and 1")
-    rows = rows_of(found, read_text(args.text, args.wikitext, args.last), args.window, args.max_tokens)
+    rows = rows_of(found, text, args.window, args.max_tokens)
     study = routing_study(found.model, rows, rows, args.shares, headline=args.shares[0])  # no other rows: what it says of position is left out
     print(f"{study['n_tokens']} tokens; perplexity slow {math.exp(study['slow']['nll']):.2f}, fast {math.exp(study['fast']['nll']):.2f}")
     for at in study["shares"]:
