@@ -97,16 +97,17 @@ class KVCache:
         self.check_room(writer.n_keys)
         return writer
 
-    def next_slot(self) -> int:
-        """Where the next token of the only row goes, for a runner that writes there itself and then calls `fill_slot`. Raises CacheFull."""
+    def next_slot(self, n_new: int = 1) -> int:
+        """Where the next `n_new` tokens of the only row begin, for a runner that writes there itself and then calls `fill_slots`. Raises CacheFull."""
         slot = int(self.n_cached[0])
-        self.check_room(slot + 1)
+        self.check_room(slot + n_new)
         return slot
 
-    def fill_slot(self, slow: bool) -> None:
-        """Counts the token at `next_slot` as cached, with its route. Mutates the cache."""
-        self.from_slow[0, self.n_cached[0]] = slow
-        self.n_cached += 1
+    def fill_slots(self, n_new: int, slow: bool) -> None:
+        """Counts the `n_new` tokens from `next_slot` on as cached, with their route. Mutates the cache."""
+        start = int(self.n_cached[0])
+        self.from_slow[0, start : start + n_new] = slow
+        self.n_cached += n_new
 
     def check_room(self, n_keys: int) -> None:
         """Raises CacheFull where a row can't hold `n_keys` tokens."""

@@ -163,6 +163,11 @@ class DualBranchConfig:
         if self.sliding_rope_theta is not None and not layers:
             raise ValueError("sliding_rope_theta has no effect without sliding_layers")
 
+    def check_length(self, n_tokens: int) -> None:
+        """Raises ValueError where a sequence of `n_tokens` is longer than the model reads."""
+        if n_tokens > self.max_seq_len:
+            raise ValueError(f"{n_tokens} tokens exceed max_seq_len = {self.max_seq_len}; shorten the prompt or raise it (rope_scaling)")
+
     @property
     def fast_window(self) -> int | None:
         """What the fast branch of a sliding-window layer reads: as many keys as it would choose elsewhere, but the last ones; never more than the slow one."""

@@ -177,21 +177,21 @@ def load_model(path_or_name: str | None, device: str | None, accept_terms: bool 
 
 
 def prepare(loaded: LoadedModel, precision: str | None, compiled: bool) -> None:
-    """Packs the weights at `precision`, and decodes with compiled code where there is some. With precision None: as the weights are, or in int8 if
-    code was compiled for that alone. Mutates the model."""
+    """Packs the weights at `precision`, and decodes with compiled code where there is some, on a GPU by CUDA graphs. With precision None: as the
+    weights are, or in int8 if code was compiled for that alone. Mutates the model."""
     from dualbranch.compiled import is_built
     from dualbranch.precision import quantize
 
     model = loaded.model
-    compiled = compiled and model.device.type == "cpu"
-    if precision is None and compiled and not is_built(model, model.precision) and model.precision == "fp32" and is_built(model, "int8"):
+    on_cpu = compiled and model.device.type == "cpu"
+    if precision is None and on_cpu and not is_built(model, model.precision) and model.precision == "fp32" and is_built(model, "int8"):
         precision = "int8"
         print("weights rounded to int8 (--precision fp32 keeps them)", file=sys.stderr)
     if precision is not None and precision != model.precision:
         quantize(model, precision, loaded.tokenizer)
-    if compiled and is_built(model, model.precision):
+    if compiled and model.device.type == "cuda" or on_cpu and is_built(model, model.precision):
         model.compile_decode()
-    elif compiled and model.precision != "fp32":
+    elif on_cpu and model.precision != "fp32":
         print(f"decoding packed weights is slow without compiled code; make it with: dualbranch compile MODEL --precision {model.precision}", file=sys.stderr)
 
 

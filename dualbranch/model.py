@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dualbranch import accounting
+from dualbranch import accounting, graphs
 from dualbranch.block import Block
 from dualbranch.cache import KVCache, NoCache
 from dualbranch.config import DualBranchConfig
@@ -62,7 +62,7 @@ class DualBranchModel(nn.Module):
         self.config = config
         self.calibration: Calibration | None = None
         self.precision = "fp32"  # of packed weights: precision.py
-        self.runner: Runner | None = None
+        self.runner: Runner | graphs.GraphRunner | None = None
         scaled = config.embed_scale != 1.0
         self.embed = ScaledEmbedding(config.vocab_size, config.d_model, config.embed_scale) if scaled else nn.Embedding(config.vocab_size, config.d_model)
         self.rope = Rope(config)
@@ -104,6 +104,11 @@ class DualBranchModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.norm.weight.device
+
+    @property
+    def out(self) -> nn.Module:
+        """What makes logits of the normed residual stream: the head or, tied, the embedding."""
+        return self.embed if self.head is None else self.head
 
     @property
     def dtype(self) -> torch.dtype:
@@ -160,9 +165,9 @@ class DualBranchModel(nn.Module):
             raise ValueError(f"unknown route {route!r}; choose one of {', '.join(ROUTES)}")
         if budget is not None:
             check_budget(budget)
-        if self.runner is not None and logits_at is lengths is doc_start is None and Runner.takes(tokens, route, cache):
-            return self.runner(tokens, lambda x: self._decide(x, route, budget, threshold, (1, 1)), cache)
         B, T = tokens.shape
+        if self.runner is not None and logits_at is lengths is doc_start is None and not (last_only and T > 1) and self.runner.takes(tokens, route, cache):
+            return self.runner(tokens, route, lambda gate: self._decide(gate, route, budget, threshold, (B, T)), cache)
         if B == 1 and T > PROMPT_AT_ONCE and cache is not None and last_only and lengths is doc_start is None and not torch.is_grad_enabled():
             x, g, use_slow = self._in_parts(tokens, route, cache, budget, threshold)
         else:
@@ -197,7 +202,7 @@ class DualBranchModel(nn.Module):
             return x
 
         x = ordinary_layers(x, 0, c.n_stem)
-        g, use_slow = self._decide(x, route, budget, threshold, (B, T))
+        g, use_slow = self._decide(lambda: self.gate(x), route, budget, threshold, (B, T))
         if isinstance(route, str) and route == "soft" and g is not None:
             for i in c.dual_layers:
                 x = self.blocks[i].mix(x, whole, keys.layer(i, None), g.flatten())
@@ -233,23 +238,31 @@ class DualBranchModel(nn.Module):
         """Final norm and head: residual stream `(..., E)` to fp32 `(..., V)`."""
         if self.runner is not None and x.shape[:-1].numel() == 1 and not torch.is_grad_enabled():
             return self.runner.logits(x.flatten(0, -2)).view(*x.shape[:-1], -1)
-        return logits_of(self.norm, self.embed if self.head is None else self.head, self.config.logit_softcap, x)
+        return logits_of(self.norm, self.out, self.config.logit_softcap, x)
 
     def logits_in_slices(self) -> Callable[[Tensor], Tensor]:
         """`logits` for many calls under autocast, which casts a matrix that doesn't train anew at each of them: here it is cast once."""
-        out, device = self.embed if self.head is None else self.head, self.device.type
+        out, device = self.out, self.device.type
         weight = getattr(out, "weight", None)
         if weight is None or weight.requires_grad or not torch.is_autocast_enabled(device):
             return self.logits
         return partial(logits_of, self.norm, weight.to(torch.get_autocast_dtype(device)), self.config.logit_softcap)
 
     def compile_decode(self, build: bool = False) -> bool:
-        """Decodes single rows with compiled code from now on, where it was built for such a model (`dualbranch compile`), or can be and `build` says so.
+        """Decodes single rows with compiled code from now on, where it was built for such a model (`dualbranch compile`), or can be and `build` says so;
+        on a GPU by CUDA graphs (graphs.py), which need no building.
 
         Returns whether it does; where not, the log says why. It does so until the weights are moved or replaced (`to`, `load_state_dict`).
         """
         from dualbranch import compiled
 
+        if self.device.type == "cuda":
+            reason = graphs.unavailable(self)
+            if reason is not None:
+                logger.warning("decoding runs without CUDA graphs: %s", reason)
+                return False
+            self.runner = graphs.GraphRunner(self)
+            return True
         reason = compiled.unavailable(self, build and not compiled.is_built(self, self.precision))
         steps = None
         while reason is steps is None:
@@ -277,8 +290,7 @@ class DualBranchModel(nn.Module):
                 raise ValueError("doc_start describes packed training rows; it cannot be combined with a cache")
             keys = cache.writer(n_new, T)
             q_pos, n_keys = t + cache.n_cached.to(device)[:, None], keys.n_keys
-        if n_keys > self.config.max_seq_len:
-            raise ValueError(f"{n_keys} tokens exceed max_seq_len = {self.config.max_seq_len}; shorten the prompt or raise it (rope_scaling)")
+        self.config.check_length(n_keys)
         positions = q_pos if doc_start is None else q_pos - doc_start
         positions, n_positions = positions.flatten(), n_keys if lengths is None else n_keys + T
         dtype = self.compute_dtype(B * T)
@@ -288,16 +300,16 @@ class DualBranchModel(nn.Module):
         return Grid(q_pos, doc_start, n_keys, *angles, sliding), keys, n_new
 
     def _decide(
-        self, x: Tensor, route: str | Tensor, budget: float | None, threshold: float | Tensor | None, shape: tuple[int, int]
+        self, gate: Callable[[], Tensor], route: str | Tensor, budget: float | None, threshold: float | Tensor | None, shape: tuple[int, int]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """`g (B, T)` and `use_slow (B, T)`, each None where it has no meaning."""
+        """`g (B, T)` and `use_slow (B, T)`, each None where it has no meaning; `gate()` gives the gate's values `(B * T,)`."""
         if isinstance(route, Tensor):
             return None, route
         if self.config.is_dense or route == "slow":
             return None, None
         if route == "fast":
-            return None, torch.zeros(shape, dtype=torch.bool, device=x.device)
-        g = self.gate(x).view(shape)
+            return None, torch.zeros(shape, dtype=torch.bool, device=self.device)
+        g = gate().view(shape)
         if route == "soft":
             return g, None
         if threshold is None:

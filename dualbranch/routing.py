@@ -60,6 +60,12 @@ class TokenGroup:
         return self.from_grid(y)
 
 
+def goes_slow(route: str | Tensor, use_slow: Tensor | None) -> bool:
+    """Whether tokens that all take one branch take the slow one, by `forward`'s `route` and decisions `use_slow (B, T)`: read only where the route
+    leaves it open, for that waits for the device."""
+    return use_slow is None or not (isinstance(route, str) and route == "fast") and bool(use_slow.all())
+
+
 def pick(angles: Angles | None, index: Tensor) -> Angles | None:
     """The rotary factors of the tokens `index (N,)`."""
     return None if angles is None else (angles[0].index_select(0, index), angles[1].index_select(0, index))

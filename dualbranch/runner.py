@@ -21,7 +21,7 @@ from dualbranch import dynamic
 from dualbranch.block import Block
 from dualbranch.cache import KVCache
 from dualbranch.packed import PackedMatrix, kept, logits_of, transposed
-from dualbranch.routing import Angles, Partition
+from dualbranch.routing import Angles, Partition, goes_slow
 from kernels import SparseSpec, has_bf16_units
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class EndStep(nn.Module):
 class _Head(nn.Module):
     def __init__(self, model: DualBranchModel) -> None:
         super().__init__()
-        self.norm, self.out, self.softcap = model.norm, model.embed if model.head is None else model.head, model.config.logit_softcap
+        self.norm, self.out, self.softcap = model.norm, model.out, model.config.logit_softcap
 
     def forward(self, x: Tensor) -> Tensor:
         return logits_of(self.norm, self.out, self.softcap, x)
@@ -244,25 +244,27 @@ class Runner:
         """Whether a pass is one for a runner: one new token of one cached row, by one branch, without gradient."""
         return tokens.numel() == 1 and cache is not None and not (isinstance(route, str) and route == "soft") and not torch.is_grad_enabled()
 
-    def __call__(self, tokens: Tensor, decide: Callable[[Tensor], tuple[Tensor | None, Tensor | None]], cache: KVCache) -> ModelOutput:
-        """As `DualBranchModel.forward` of `tokens (1, 1)`; `decide(x)` gives `g` and `use_slow` from the stem's output. Advances the cache."""
+    def __call__(
+        self, tokens: Tensor, route: str | Tensor, decide: Callable[[Callable[[], Tensor]], tuple[Tensor | None, Tensor | None]], cache: KVCache
+    ) -> ModelOutput:
+        """As `DualBranchModel.forward` of `tokens (1, 1)`; `decide(gate)` gives `g` and `use_slow`, from the gate's values if it needs them. Advances
+        the cache."""
         from dualbranch.model import ModelOutput
 
         model, c = self.model, self.model.config
         slot = cache.next_slot()
-        if slot >= c.max_seq_len:
-            raise ValueError(f"{slot + 1} tokens exceed max_seq_len = {c.max_seq_len}; shorten the prompt or raise it (rope_scaling)")
+        c.check_length(slot + 1)
         position, blocks = torch.tensor([slot]), self.scratch[0, : slot // c.sparse.block_size + 1, 0, 0]
         angles, sliding = (None if rope is None else rope(position, slot + 1) for rope in (model.rope, model.sliding_rope))
         x = self.embed(tokens[0])
         slow, g, use_slow = True, None, None
         for i, layers in enumerate(self.layers):
             if i == c.n_stem:
-                g, use_slow = decide(x)
-                slow = use_slow is None or bool(use_slow)
+                g, use_slow = decide(lambda x=x: model.gate(x))
+                slow = goes_slow(route, use_slow)
             weights, dense, sparse, dense_len = layers[slow or i not in c.dual_layers]
             cos_sin = sliding if sliding is not None and i in c.sliding_layers else angles
             step = sparse if slot >= dense_len else dense
             x = step(weights, x, *cos_sin, cache.k[i], cache.v[i], cache.pooled.get(i, self.scratch), blocks, position)
-        cache.fill_slot(slow)
+        cache.fill_slots(1, slow)
         return ModelOutput(self.logits(x)[None], x[None], g, use_slow)

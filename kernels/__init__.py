@@ -6,13 +6,14 @@ effects and never imports Triton. `__version__` stays below 1: `transformers` pr
 """
 
 from kernels.backend import get_backend, has_bf16_units, set_backend
-from kernels.ops import dense_attention, paged_dense_attention, paged_sparse_attention, pool_keys, select_blocks, sparse_attention
+from kernels.ops import FEW_QUERIES, dense_attention, paged_dense_attention, paged_sparse_attention, pool_keys, select_blocks, sparse_attention
 from kernels.paged import PagedKV, PagedWriter
 from kernels.spec import AttentionPlan, SparseSpec
 
 __version__ = "0.0.0"
 
 __all__ = [
+    "FEW_QUERIES",
     "AttentionPlan",
     "PagedKV",
     "PagedWriter",

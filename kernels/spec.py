@@ -89,6 +89,19 @@ class AttentionPlan:
         q_pos = doc_start + torch.arange(len(doc_start), device=ends.device) - cu_seqlens[:-1].repeat_interleave(lengths)
         return cls(q_pos.unsqueeze(0), int(ends[-1]), doc_start.unsqueeze(0))
 
+    @classmethod
+    def within(cls, q_pos: Tensor, n_keys: int, lowest: int) -> "AttentionPlan":
+        """The plan of queries that stand, or will stand when it is used, anywhere in [lowest, n_keys): it doesn't look, so it synchronises with nothing.
+
+        For the decode kernels, which read the positions where they compute: recorded in a CUDA graph they serve all of that range. q_pos (B, T)
+        int64; every row is one document without padding.
+        """
+        plan = object.__new__(cls)
+        plan.q_pos, plan.n_keys, plan.doc_start, plan._cache = q_pos, n_keys, torch.zeros_like(q_pos), {}
+        plan.row_max, plan.max_pos, plan.min_rel, plan.max_rel = [n_keys - 1] * len(q_pos), n_keys - 1, lowest, n_keys - 1
+        plan.has_padding = plan.has_docs = plan.rises = plan.is_prefix = False
+        return plan
+
     def _summarise(self, has_doc_start: bool) -> None:
         """Reads back, in one transfer, the facts that steer control flow."""
         B, T = self.q_pos.shape
