@@ -140,7 +140,7 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
     if isinstance(step, runner.Unpack):
         matrix = next(m for m in model.modules() if isinstance(m, packed.PackedMatrix) and m.bits == step.bits)
         vary = {0: Dim.AUTO, 1: Dim.AUTO}
-        return (matrix.words, matrix.scales), (vary, {4: vary, 8: {0: Dim.AUTO}, 16: None}[step.bits])
+        return (matrix.words, matrix.scales), (vary, {4: {1: Dim.AUTO, 2: Dim.AUTO}, 8: {0: Dim.AUTO}, 16: None}[step.bits])
     many, vary = torch.ones(40, 96), {0: Dim.AUTO, 1: Dim.AUTO}
     scale, scales, of_rows, of_columns = many[:, :1].clone(), many[0].clone(), {0: Dim.AUTO}, {0: Dim.AUTO}
     if isinstance(step, dynamic.To8Bit):

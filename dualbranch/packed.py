@@ -1,9 +1,10 @@
-"""Matrices of 4, 8 or 16 bits per weight, packed in 32-bit words: a fraction of the memory, and of the bytes that a decoded token reads.
+"""Matrices of 4, 8 or 16 bits per weight, at 4 and 8 packed in 32-bit words: a fraction of the memory, and of the bytes that a decoded token reads.
 
-A word holds `per = 32 / bits` columns of one row, and L = LANES rows are interleaved: field j (from the lowest bits) of word `[n // L, c, n % L]` is row
-n's column `j * C + c`, C words to a row; at 4 bits column `8 * c + j`, so that a group of 32 neighbours shares a scale. One vector register then holds
-the same columns of L rows (in a checkpoint L is always STORED_LANES). In this shape PyTorch's compiler makes `product` a loop at the memory's speed;
-without a compiler it is correct and slow.
+A word holds `PER[bits]` columns of one row, and L = LANES rows are interleaved: field j (from the lowest bits) of word `[n // L, c, n % L]` is row
+n's column `j * C + c`, C words to a row; at 4 bits column `8 * c + j`, so that a group of 32 neighbours shares a scale; at 16 a bf16 number is the word.
+One vector register then holds the same columns of L rows (in a checkpoint L is always STORED_LANES). In this shape PyTorch's compiler makes `product` a
+loop at the memory's speed; without a compiler it is correct and slow. Bits are never looked at as a number of another type: compiled, such a
+view goes through memory element by element.
 
 Fields are stored above zero (value + 2^(bits-1)) except the highest, which keeps its sign: one AND and one conversion give a field as a power of two
 times its value. Activations stay fp32: nothing is lost but what rounding the weights loses. `precision.py` puts these matrices into a model.
@@ -23,6 +24,8 @@ from kernels import has_bf16_units
 #: Rows interleaved in a checkpoint; and in memory, as many as this machine's vector registers have fp32 lanes (8 where they have fewer).
 STORED_LANES = 16
 LANES = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+#: Columns in a word, by bits per weight.
+PER = {4: 8, 8: 4, 16: 1}
 #: Columns that share a scale and an offset at 4 bits.
 GROUP = 32
 #: Most tokens multiplied by the packed words as they are; for more the matrix is unpacked first.
@@ -55,7 +58,7 @@ def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def split_columns(x: Tensor, bits: int) -> Tensor:
     """`(M, K)` to `(M, K / per, per)`: the columns that a word holds, along the last axis."""
-    per = 32 // bits
+    per = PER[bits]
     return x.unflatten(1, (-1, per)) if bits == 4 else x.unflatten(1, (per, -1)).transpose(1, 2)
 
 
@@ -66,7 +69,7 @@ def join_columns(pieces: list[Tensor], bits: int, axis: int) -> Tensor:
 
 def interleave(q: Tensor, bits: int) -> Tensor:
     """Signed fields `q (N, K)` int32 of `bits` bits, to words `(N / L, K / per, L)` int32."""
-    per, mask, half = 32 // bits, (1 << bits) - 1, 1 << (bits - 1)
+    per, mask, half = PER[bits], (1 << bits) - 1, 1 << (bits - 1)
     fields = split_columns(q, bits).unflatten(0, (-1, LANES))
     words = (fields[..., -1] & mask) << (32 - bits)
     for j in range(per - 1):
@@ -75,37 +78,25 @@ def interleave(q: Tensor, bits: int) -> Tensor:
 
 
 def relaid(words: Tensor, lanes: int) -> Tensor:
-    """Words `(N / L, C, L)` with `lanes` rows interleaved instead of L; themselves where that is the same."""
-    if words.shape[2] == lanes:
+    """Words `(..., N / L, C, L)` with `lanes` rows interleaved instead of L; themselves where that is the same."""
+    if words.shape[-1] == lanes:
         return words
-    rows = words.transpose(1, 2).flatten(0, 1)  # (N, C)
-    return rows.unflatten(0, (-1, lanes)).transpose(1, 2).contiguous()
-
-
-def halves(words: Tensor) -> tuple[Tensor, Tensor]:
-    """The two bf16 numbers in each int32 word, as fp32: (low bits, high bits)."""
-    return (words << 16).view(torch.float32), (words & -65536).view(torch.float32)
-
-
-def join_halves(low: Tensor, high: Tensor) -> Tensor:
-    """The inverse of `halves`; rounds to bf16."""
-    low, high = (x.bfloat16().view(torch.int16).int() for x in (low, high))
-    return (low & 0xFFFF) | (high << 16)
+    rows = words.transpose(-1, -2).flatten(-3, -2)  # (..., N, C)
+    return rows.unflatten(-2, (-1, lanes)).transpose(-1, -2).contiguous()
 
 
 def raw_fields(words: Tensor, bits: int) -> list[Tensor]:
     """Each field of int32 `words`, as fp32 of the words' shape: field j times `2^(bits * j)`, all but the last above zero by half their range."""
-    return [(words & (((1 << bits) - 1) << (bits * j))).float() for j in range(32 // bits - 1)] + [(words & -(1 << (32 - bits))).float()]
+    return [(words & (((1 << bits) - 1) << (bits * j))).float() for j in range(PER[bits] - 1)] + [(words & -(1 << (32 - bits))).float()]
 
 
 def unpacked(words: Tensor, scales: Tensor | None, bits: int) -> list[Tensor]:
-    """The weights in `words (B, K' / per, ...)`, field by field. `scales`: of the same rows, `(B, 1, ...)` at 8 bits, `(B, K' / GROUP, ...)` at 4."""
-    words = words.view(torch.int32)
+    """The weights in `words (B, K' / per, ...)`, field by field. `scales`: of the same rows, `(B, 1, ...)` at 8 bits, `(2, B, K' / GROUP, ...)` at 4."""
     if bits == 16:
-        return list(halves(words))
+        return [words.float()]
     half, scale, low = 1 << (bits - 1), scales, 0.0
     if bits == 4:
-        low, scale = (x.repeat_interleave(GROUP // 8, dim=1) for x in halves(scales.view(torch.int32)))
+        low, scale = (x.float().repeat_interleave(GROUP // 8, dim=1) for x in scales)
     values = [f * 2.0 ** (-bits * j) for j, f in enumerate(raw_fields(words, bits))]
     offset = half if bits == 8 else 0  # 4-bit numbers are meant to lie above zero
     return [(f - offset) * scale + low for f in values[:-1]] + [(values[-1] + (half - offset)) * scale + low]
@@ -113,7 +104,6 @@ def unpacked(words: Tensor, scales: Tensor | None, bits: int) -> list[Tensor]:
 
 def integers(words: Tensor) -> list[Tensor]:
     """The 8-bit fields of `words`, one after the other, as int8 of the words' shape."""
-    words = words.view(torch.int32)
     return [(((words >> (8 * j)) & 255) - 128).to(torch.int8) for j in range(3)] + [(words >> 24).to(torch.int8)]
 
 
@@ -132,8 +122,8 @@ def transposed(bits: int, words: Tensor, scales: Tensor | None, dtype: torch.dty
 class PackedMatrix(nn.Module):
     """A matrix `(N, K)` at 16 bits (bf16), 8 (a scale per row) or 4 (groups of 32 columns with scale and offset). fp32 in and out.
 
-    `words (N' / L, K' / per, L)`, with N and K rounded up to multiples of STORED_LANES and GROUP; `scales`: at 8 bits `(N',)`, at 4 scale and offset
-    as the halves of words `(N' / L, K' / GROUP, L)`, at 16 None. Words are kept as fp32 tensors of the same bits, which compiled loops load fastest.
+    `words (N' / L, K' / per, L)` int32, at 16 bits bf16, with N and K rounded up to multiples of STORED_LANES and GROUP; `scales`: at 8 bits `(N',)` fp32,
+    at 4 offset and scale `(2, N' / L, K' / GROUP, L)` bf16, at 16 None.
     """
 
     def __init__(self, n_rows: int, n_columns: int, bits: int) -> None:
@@ -143,48 +133,51 @@ class PackedMatrix(nn.Module):
         self.n_rows, self.n_columns, self.bits = n_rows, n_columns, bits
         self.unpack: Callable[[Tensor, Tensor | None, torch.dtype], Tensor] = partial(transposed, bits)
         N, K = -(-n_rows // STORED_LANES) * STORED_LANES, -(-n_columns // GROUP) * GROUP
-        self.register_buffer("words", torch.zeros(N // LANES, K * bits // 32, LANES))
-        self.register_buffer("scales", {4: torch.zeros(N // LANES, K // GROUP, LANES), 8: torch.zeros(N)}.get(bits))
+        self.register_buffer("words", torch.zeros(N // LANES, K // PER[bits], LANES, dtype=torch.bfloat16 if bits == 16 else torch.int32))
+        scales = {4: torch.zeros(2, N // LANES, K // GROUP, LANES, dtype=torch.bfloat16), 8: torch.zeros(N)}
+        self.register_buffer("scales", scales.get(bits))
 
     @torch.no_grad()
     def pack(self, weight: Tensor, groups: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] = quantize_groups) -> None:
         """Takes the values of `weight (N, K)`, rounded (at 4 bits by `groups`). Mutates the matrix."""
-        N, K = self.words.shape[0] * LANES, self.words.shape[1] * 32 // self.bits
+        N, K = self.words.shape[0] * LANES, self.words.shape[1] * PER[self.bits]
         weight = F.pad(weight.float(), (0, K - weight.shape[1], 0, N - weight.shape[0]))
         if self.bits == 16:
-            words = join_halves(*split_columns(weight, 16).unflatten(0, (-1, LANES)).transpose(1, 2).unbind(-1))
+            words = weight.unflatten(0, (-1, LANES)).transpose(1, 2).bfloat16()
         elif self.bits == 8:
             q, self.scales = quantize_rows(weight)
             words = interleave(q, 8)
         else:
             q, scale, low = groups(weight)
             words = interleave(q - 8, 4)
-            self.scales = join_halves(low, scale).view(-1, LANES, K // GROUP).transpose(1, 2).contiguous().view(torch.float32)
-        self.words = words.contiguous().view(torch.float32)
+            self.scales = torch.stack([low, scale]).view(2, -1, LANES, K // GROUP).transpose(2, 3).bfloat16().contiguous()
+        self.words = words.contiguous()
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._word_names:
-            destination[prefix + name] = relaid(destination[prefix + name].view(torch.int32), STORED_LANES)
+        for name in self._in_lanes:
+            destination[prefix + name] = relaid(destination[prefix + name], STORED_LANES)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        for name in self._word_names:
+        for name in self._in_lanes:
             if prefix + name in state_dict:
-                state_dict[prefix + name] = relaid(state_dict[prefix + name], LANES).view(torch.float32)
+                state_dict[prefix + name] = relaid(state_dict[prefix + name], LANES)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn, recurse: bool = True) -> PackedMatrix:
-        """Moves words between devices as the integers they are, so that no change of dtype touches them."""
-        for name in self._word_names:
-            setattr(self, name, getattr(self, name).view(torch.int32))
+        """Moves bf16 numbers between devices as integers, so that no change of dtype touches them."""
+        numbers = [name for name in self._in_lanes if getattr(self, name).dtype == torch.bfloat16]
+        for name in numbers:
+            setattr(self, name, getattr(self, name).view(torch.int16))
         super()._apply(fn, recurse)
-        for name in self._word_names:
-            setattr(self, name, getattr(self, name).view(torch.float32))
+        for name in numbers:
+            setattr(self, name, getattr(self, name).view(torch.bfloat16))
         self.unpack = partial(transposed, self.bits)  # compiled code is for one device
         return self
 
     @property
-    def _word_names(self) -> tuple[str, ...]:
+    def _in_lanes(self) -> tuple[str, ...]:
+        """Names of the buffers whose last axis is rows interleaved."""
         return ("words", "scales") if self.bits == 4 else ("words",)
 
     def transposed(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -199,18 +192,18 @@ class PackedMatrix(nn.Module):
         """Rows `index (...)` int64, unpacked: `(..., K)` fp32."""
         flat = index.flatten()
         block, lane = flat // LANES, flat % LANES
-        scales = {4: lambda: self.scales[block, :, lane], 8: lambda: self.scales[flat][:, None], 16: lambda: None}[self.bits]()
+        scales = {4: lambda: self.scales[:, block, :, lane].transpose(0, 1), 8: lambda: self.scales[flat][:, None], 16: lambda: None}[self.bits]()
         values = join_columns(unpacked(self.words[block, :, lane], scales, self.bits), self.bits, 1)
         return values[:, : self.n_columns].view(*index.shape, self.n_columns)
 
     def product(self, x: Tensor) -> Tensor:
         """`x (M, K) @ matrix^T (K, N)` for few rows, without unpacking: `(M, N)` fp32. Meant to be compiled."""
-        bits, words = self.bits, self.words.view(torch.int32)
-        per, half = 32 // bits, 1 << (bits - 1)
+        bits, words = self.bits, self.words
+        per, half = PER[bits], 1 << (bits - 1)
         x = kept(F.pad(x, (0, self.words.shape[1] * per - self.n_columns)))
         columns = split_columns(x, bits).unbind(2)  # per times (M, C)
         if bits == 16:
-            fields, scaled = halves(words), columns
+            fields, scaled = [words.float()], columns
         else:
             fields = raw_fields(words, bits)
             scaled = split_columns(kept(x * _field_scales(x.shape[1], bits, x.device)), bits).unbind(2)
@@ -221,7 +214,7 @@ class PackedMatrix(nn.Module):
             above = half * sum(columns[:-1]).sum(1, keepdim=True)  # what the unsigned fields have too much
             y = (torch.stack([s.sum(1).flatten() for s in sums]) - above) * self.scales
         else:
-            low, scale = (s[:, :, None] for s in halves(self.scales.view(torch.int32)))  # (N' / L, G, 1, L)
+            low, scale = (s.float()[:, :, None] for s in self.scales)  # (N' / L, G, 1, L)
             total, missing = sum(columns), half * columns[-1]
             by_group = (len(words), low.shape[1], -1, LANES)
             sums = [(s + missing[m, :, None]).view(by_group) * scale + total[m].view(1, by_group[1], -1, 1) * low for m, s in enumerate(sums)]
@@ -232,7 +225,7 @@ class PackedMatrix(nn.Module):
 def _field_scales(n_columns: int, bits: int, device: torch.device) -> Tensor:
     """`(K',)`: what undoes the power of two of each column's field (`raw_fields`)."""
     j = torch.arange(n_columns, device=device)
-    field = j % (32 // bits) if bits == 4 else j // (n_columns * bits // 32)
+    field = j % PER[bits] if bits == 4 else j // (n_columns * bits // 32)
     return torch.exp2(-bits * field.float())
 
 
