@@ -42,7 +42,8 @@ class NoCache:
 class KVCache:
     """Contiguous cache of `n_rows` sequences of up to `capacity` tokens each (rounded up to whole selection blocks).
 
-    `k[i], v[i] (B, C, Hk, D)` per layer; `pooled[i] (B, C / block_size, Hk, D)` fp32 mean keys of the complete blocks of dual layers that choose blocks,
+    `heads[i]`: keys and values of a layer `(B, Hk, C, D)`, a head's tokens side by side, so that a block of them is read in one go; `k[i], v[i]
+    (B, C, Hk, D)`: the same, as views; `pooled[i] (B, C / block_size, Hk, D)` fp32 mean keys of the complete blocks of dual layers that choose blocks,
     updated once per block; `n_cached (B,)` int64 on the CPU; `from_slow (B, C)` bool on the CPU: provenance of each row's tokens.
     Slots at and after `n_cached` hold nothing meaningful.
     """
@@ -50,13 +51,16 @@ class KVCache:
     def __init__(self, config: DualBranchConfig, n_rows: int, capacity: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         block = config.sparse.block_size
         self.config, self.capacity = config, -(-capacity // block) * block
-        shape = (n_rows, self.capacity, config.n_kv_heads, config.head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        shape = (n_rows, config.n_kv_heads, self.capacity, config.head_dim)
+        self._take([tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv") for _ in range(config.n_layers)])
         pooled_shape = (n_rows, self.capacity // block, config.n_kv_heads, config.head_dim)
         self.pooled = {i: torch.zeros(pooled_shape, device=device) for i in config.dual_layers if i not in config.sliding_layers}
         self.n_cached = torch.zeros(n_rows, dtype=torch.int64)
         self.from_slow = torch.ones(n_rows, self.capacity, dtype=torch.bool)
+
+    def _take(self, heads: list[tuple[Tensor, Tensor]]) -> None:
+        self.heads = heads
+        self.k, self.v = ([layer[j].transpose(1, 2) for layer in heads] for j in (0, 1))
 
     @property
     def n_rows(self) -> int:
@@ -73,9 +77,11 @@ class KVCache:
 
     def rows(self, start: int, stop: int) -> KVCache:
         """Rows [start, stop) as a cache of their own, on the same storage: whatever changes in one of the two changes in both."""
+        if (start, stop) == (0, self.n_rows):
+            return self
         out = object.__new__(KVCache)
         out.config, out.capacity = self.config, self.capacity
-        out.k, out.v = [t[start:stop] for t in self.k], [t[start:stop] for t in self.v]
+        out._take([(k[start:stop], v[start:stop]) for k, v in self.heads])
         out.pooled = {i: t[start:stop] for i, t in self.pooled.items()}
         out.n_cached, out.from_slow = self.n_cached[start:stop], self.from_slow[start:stop]
         return out
@@ -129,7 +135,7 @@ class CacheWriter:
         if int(n_new.min()) < n_cols:
             self.cells = (t < n_new[:, None]).flatten().nonzero().squeeze(1).to(device)
         self.slots = self.dest if self.cells is None else self.dest[self.cells]  # of the tokens in the grid's order
-        self._ordered = (None, self.slots)  # the last `order` asked for, and the slots in it
+        self._ordered = (None, self._by_head(self.slots))  # the last `order` asked for, and where its tokens' heads go
         first = start // block
         n_completed = self.end // block - first
         row = rows.repeat_interleave(n_completed)
@@ -137,23 +143,29 @@ class CacheWriter:
         nth += first[row]
         self.completed = torch.stack([row, nth], 1)  # (row, block) newly complete
         self.blocks = (row * (cache.capacity // block) + nth).to(device)  # the same as flat indices
+        self.blocks_by_head = self._by_head(self.blocks, block)
+
+    def _by_head(self, slots: Tensor, block_size: int = 1) -> Tensor:
+        """Of flat indices `(n,)` of rows and their slots, or blocks, the `(n * Hk,)` of rows, heads and their slots."""
+        n, heads = self.cache.capacity // block_size, torch.arange(self.cache.config.n_kv_heads, device=slots.device)
+        return ((slots // n * len(heads))[:, None] + heads).mul(n).add((slots % n)[:, None]).flatten()
 
     def layer(self, i: int, order: Tensor | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
         """The store of layer `i`; `order` as in `Partition`. Calling it writes into the cache."""
         cache, block = self.cache, self.cache.config.sparse.block_size
         if order is not self._ordered[0]:
-            self._ordered = (order, self.slots if order is None else self.dest[order])
+            self._ordered = (order, self._by_head(self.slots if order is None else self.dest[order]))
         slots = self._ordered[1]
 
         def store(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
             if order is None and self.cells is not None:
                 k, v = k[self.cells], v[self.cells]
-            for full, new in ((cache.k[i], k), (cache.v[i], v)):
-                full.flatten(0, 1).index_copy_(0, slots, new.detach().to(full.dtype))
+            for full, new in zip(cache.heads[i], (k, v), strict=True):
+                full.flatten(0, 2).index_copy_(0, slots, new.detach().to(full.dtype).flatten(0, 1))
             pooled = cache.pooled.get(i)
             if pooled is not None and len(self.completed):
-                complete = cache.k[i].view(-1, block, *k.shape[1:]).index_select(0, self.blocks)  # (pairs, block_size, Hk, D)
-                pooled.flatten(0, 1).index_copy_(0, self.blocks, complete.float().mean(1))
+                complete = cache.heads[i][0].view(-1, block, k.shape[2]).index_select(0, self.blocks_by_head)  # (pairs * Hk, block_size, D)
+                pooled.flatten(0, 1).index_copy_(0, self.blocks, complete.float().mean(1).view(-1, *k.shape[1:]))
             return cache.k[i][:, : self.n_keys], cache.v[i][:, : self.n_keys], pooled
 
         return store

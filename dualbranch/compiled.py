@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: For steps that return nothing: what they need in between lies on the stack, which saves a fifth of the time of a small layer. (What a step returned
+#: would lie there too, and be overwritten by the next call: PyTorch 2.13 leaves that to the caller.)
+ON_THE_STACK = {"aot_inductor.allow_stack_allocation": True}
+
 #: The code of the steps, with this module's; a change to any of them makes new libraries.
 SOURCES = (runner, packed, dynamic, block, layers, routing, config, spec)
 #: Settings that no step depends on.
@@ -101,7 +105,7 @@ def _opened(path: Path) -> Callable:
 
     def step(first: Tensor | dict[str, Tensor], *rest: Tensor | None) -> Tensor | tuple[Tensor, ...]:
         found = run([*(first.values() if isinstance(first, dict) else (first,)), *rest])
-        return found[0] if len(found) == 1 else tuple(found)
+        return found[0] if len(found) == 1 else tuple(found)  # () of a block's step
 
     return step
 
@@ -126,8 +130,9 @@ def build(model: DualBranchModel, note: Callable[[str], None] = lambda text: Non
             program = torch.export.export(step, args, dynamic_shapes=dynamic, strict=False)
             program = program.run_decompositions({torch.ops.aten.linear.default: runner.linear_as_sums})
             path = str(Path(temporary) / f"{name}.pt2")
+            options = COMPILE_OPTIONS | ON_THE_STACK if isinstance(step, runner.BlockStep) else COMPILE_OPTIONS
             try:
-                torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=COMPILE_OPTIONS)
+                torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
             except RuntimeError as error:  # all that torch raises for a compiler that fails
                 raise ValueError(f"{name} can't be compiled: {str(error).strip()[:300]}") from error
             os.replace(path, folder / f"{name}.pt2")
@@ -155,9 +160,9 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
         return (weights, torch.zeros(1, dtype=torch.int64) if step.how[0] is model.embed else x), (dict.fromkeys(weights), None)
     weights = step.weights_of(step.how[0])
     cos_sin = torch.zeros(2, 1, 1, c.rotary_dim or c.head_dim).unbind(0)
-    k, v = torch.zeros(2, 1, 13 * c.sparse.block_size, c.n_kv_heads, c.head_dim, dtype=model.cache_dtype).unbind(0)
-    pooled = torch.zeros(1, 13, c.n_kv_heads, c.head_dim)
+    k, v = torch.zeros(2, 1, c.n_kv_heads, 130 * c.sparse.block_size, c.head_dim, dtype=model.cache_dtype).unbind(0)
+    pooled = torch.zeros(1, 130, c.n_kv_heads, c.head_dim)
     n_blocks, begun = (Dim(name, min=2, max=1 << 24) for name in ("n_blocks", "begun"))
     capacity = Dim("capacity", min=2 * c.sparse.block_size, max=c.sparse.block_size << 24)
-    args = (weights, x, *(t.clone() for t in (*cos_sin, k, v)), pooled, torch.zeros(7), torch.tensor([6 * c.sparse.block_size]))
-    return args, (dict.fromkeys(weights), None, None, None, {1: capacity}, {1: capacity}, {1: n_blocks}, {0: begun}, None)
+    args = (weights, x, *(t.clone() for t in (*cos_sin, k, v)), pooled, torch.zeros(70), torch.tensor([69 * c.sparse.block_size]))
+    return args, (dict.fromkeys(weights), None, None, None, {2: capacity}, {2: capacity}, {1: n_blocks}, {0: begun}, None)

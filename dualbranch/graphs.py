@@ -180,4 +180,5 @@ class GraphRunner:
         except RuntimeError as error:
             logger.warning("decoding runs without CUDA graphs: %s", str(error).strip()[:300])
             self.model.runner = None
-            return piece.piece()
+            piece.results = piece.piece()
+            return piece.results

@@ -51,30 +51,33 @@ class NewestToken:
         return self.cos, self.sin
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pooled: Tensor, reads: SparseSpec | None) -> Tensor:
-        """Attention of `q (1, H, D)` over `k, v (1, C, Hk, D)`, of which slots up to `position` hold tokens: `(1, H, D)`."""
-        q = q.view(k.shape[2], -1, q.shape[-1])  # (Hk, G, D)
+        """Attention of `q (1, H, D)` over `k, v (1, Hk, C, D)`, of which slots up to `position` hold tokens: `(1, H, D)`."""
+        q, together = q.view(k.shape[1], -1, q.shape[-1]), self.block_size  # (Hk, G, D)
         if not self.sparse:
             seen = torch.arange(self.n_keys, device=q.device) <= self.position
-            return read(q, k[0, : self.n_keys], v[0, : self.n_keys], seen[:, None], self.block_size)
+            k, v = (x[0, :, : self.n_keys].unflatten(1, (-1, together)).transpose(0, 1) for x in (k, v))
+            return read(q, k, v, seen.view(-1, 1, together))
         slots, seen = sparse_slots(q, pooled[:, : self.n_keys // self.block_size], self.position, reads)
-        head = torch.arange(k.shape[2], device=k.device)
-        return read(q, *(kept(x[0, slots.T, head]) for x in (k, v)), seen.T, len(slots[0]))
+        slots, seen = (x.unflatten(1, (-1, together)).transpose(0, 1) for x in (slots, seen))  # (P, Hk, J)
+        head = torch.arange(k.shape[1], device=k.device)[:, None]
+        return read(q, *(kept(x[0, head, slots]) for x in (k, v)), seen)
 
 
-def read(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, together: int) -> Tensor:
-    """Softmax attention of `q (Hk, G, D)` over those of `k, v (S, Hk, D)` with `seen (S, Hk or 1)`, at least one: `(1, Hk * G, D)`, fp32.
+def read(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Softmax attention of `q (Hk, G, D)` over those of `k, v (P, Hk, J, D)`, P pieces of J keys each, with `seen (P, Hk or 1, J)`, at least one:
+    `(1, Hk * G, D)`, fp32.
 
     Written as sums, a query head at a time, it compiles to loops that read keys and values once, as they lie. Products of matrices with as few rows
-    as G take twice as long, and scaled_dot_product_attention three times. Values are summed up `together` at a time, a divisor of S: head by head,
-    while a core's nearest cache holds them; and divided by the sum of their weights last, so that the exponentials are a loop for all cores.
+    as G take twice as long, and scaled_dot_product_attention three times. Cores share the pieces. Values are divided by the sum of their weights last,
+    so that the exponentials are a loop for all cores.
     """
     q, k, v = kept(q.float() * q.shape[-1] ** -0.5), k.float(), v.float().masked_fill(~seen[..., None], 0.0)
-    scores = kept(torch.stack([(q_g * k).sum(-1) for q_g in q.unbind(1)]))  # (G, S, Hk)
-    scores = kept(scores.transpose(1, 2).masked_fill(~seen.T, float("-inf")).contiguous())  # (G, Hk, S)
+    scores = torch.stack([(q_g[:, None] * k).sum(-1) for q_g in q.unbind(1)]).masked_fill(~seen, float("-inf"))  # (G, P, Hk, J)
+    scores = kept(scores.transpose(1, 2).flatten(2).contiguous())  # (G, Hk, P * J)
     e = kept((scores - scores.amax(-1, keepdim=True)).exp())
-    v = v.unflatten(0, (-1, together))
-    parts = [(e_g.unflatten(1, (-1, together)).permute(1, 2, 0)[..., None] * v).sum(1) for e_g in e]  # each (S / together, Hk, D)
-    return (kept(torch.stack(parts, 2)).sum(0) / e.sum(-1).T[..., None]).flatten(0, 1)[None]
+    weights = e.unflatten(-1, v.shape[::2][:2]).transpose(1, 2)  # (G, P, Hk, J)
+    parts = kept(torch.stack([(w[..., None] * v).sum(2) for w in weights], 2))  # (P, Hk, G, D)
+    return (parts.sum(0) / e.sum(-1).T[..., None]).flatten(0, 1)[None]
 
 
 def linear_as_sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -84,14 +87,15 @@ def linear_as_sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def sparse_slots(q: Tensor, pooled: Tensor, position: Tensor, spec: SparseSpec) -> tuple[Tensor, Tensor]:
-    """Which keys the query at `position (1,)`, at least dense_len, reads: `slots (Hk, L)` int64 and whether each counts. The rule is
-    `kernels.reference`'s (but equal scores may choose either block)."""
+    """Which keys the query at `position (1,)`, at least dense_len, reads: `slots (Hk, L)` int64 and whether each counts, L a multiple of the block
+    size. The rule is `kernels.reference`'s (but equal scores may choose either block)."""
     device, n_groups = q.device, q.shape[0]
     before_window = position - spec.window  # the last key before it
-    sinks = torch.arange(spec.n_sinks, device=device)
+    n_places = spec.n_sinks + -(spec.n_sinks + spec.window) % spec.block_size  # some for nothing
+    sinks = torch.arange(n_places, device=device)
     window = position - torch.arange(spec.window, device=device)
     near = torch.cat([torch.minimum(sinks, position), window.clamp(min=0)]).expand(n_groups, -1)
-    counts = torch.cat([sinks <= before_window, window >= 0]).expand(n_groups, -1)
+    counts = torch.cat([(sinks <= before_window) & (sinks < spec.n_sinks), window >= 0]).expand(n_groups, -1)
     if spec.n_selected_blocks == 0:
         return near, counts
     start = torch.arange(pooled.shape[1], device=device) * spec.block_size
@@ -108,9 +112,9 @@ def sparse_slots(q: Tensor, pooled: Tensor, position: Tensor, spec: SparseSpec) 
 class BlockStep(nn.Module):
     """One layer's work on the newest token, by one branch, with the weights it is given: `block` says only how.
 
-    Called with the layer's `weights` by name, `x (1, E)`, `cos, sin`, the layer's cache `k, v (1, C, Hk, D)` and mean keys `pooled (1, N, Hk, D)`,
-    `blocks (n,)` whose length alone matters, that of the selection blocks begun, and `position (1,)` int64. Writes key, value, and the mean key of
-    the selection block the token belongs to (meaningful once that is complete); returns `(1, E)`.
+    Called with the layer's `weights` by name, `x (1, E)`, `cos, sin`, the layer's cache `k, v (1, Hk, C, D)` and mean keys `pooled (1, N, Hk, D)`,
+    `blocks (n,)` whose length alone matters, that of the selection blocks begun, and `position (1,)` int64. Writes key, value, the mean key of
+    the selection block the token belongs to (meaningful once that is complete), and over `x` what the layer makes of it.
     """
 
     def __init__(self, block: Block, slow: bool, sparse: bool, block_size: int) -> None:
@@ -125,19 +129,19 @@ class BlockStep(nn.Module):
 
     def forward(
         self, weights: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, pooled: Tensor, blocks: Tensor, position: Tensor
-    ) -> Tensor:
+    ) -> None:
         token = NewestToken(blocks.shape[0] * self.block_size, self.block_size, position, cos, sin, self.sparse)
 
         def store(new_k: Tensor, new_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             for cached, new in ((k, new_k), (v, new_v)):
-                cached.index_copy_(1, position, new[None].to(cached.dtype))
+                cached.index_copy_(2, position, new.to(cached.dtype)[None].transpose(1, 2))
             block = position // self.block_size
             own = block * self.block_size + torch.arange(self.block_size, device=x.device)
-            pooled.index_copy_(1, block, k[:, own].float().mean(1, keepdim=True))
+            pooled.index_copy_(1, block, k[:, :, own].float().mean(2)[:, None])
             return k, v, pooled
 
         partition = Partition(token if self.slow else None, None if self.slow else token, None, cos, sin)
-        return functional_call(self.how[0], weights, (x, partition, store))
+        x.copy_(functional_call(self.how[0], weights, (x, partition, store)))
 
 
 class EndStep(nn.Module):
@@ -265,6 +269,6 @@ class Runner:
             weights, dense, sparse, dense_len = layers[slow or i not in c.dual_layers]
             cos_sin = sliding if sliding is not None and i in c.sliding_layers else angles
             step = sparse if slot >= dense_len else dense
-            x = step(weights, x, *cos_sin, cache.k[i], cache.v[i], cache.pooled.get(i, self.scratch), blocks, position)
+            step(weights, x, *cos_sin, *cache.heads[i], cache.pooled.get(i, self.scratch), blocks, position)
         cache.fill_slots(1, slow)
         return ModelOutput(self.logits(x)[None], x[None], g, use_slow)

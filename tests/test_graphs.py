@@ -89,9 +89,8 @@ def test_replayed_passes_compute_what_the_model_computes(dialect, route):
     if model.config.is_dense and route != "slow":
         pytest.skip("a dense model has one route")
     if route == "auto":
-        how = {"threshold": 0.5}
-        with torch.no_grad():
-            how = {"threshold": float(model(random_tokens(40), "auto", **how).g.median())}
+        with torch.no_grad():  # half way between two of the values it will see, so that rounding decides nothing
+            how = {"threshold": float(model(random_tokens(36), "auto", threshold=0.5).g[0].sort().values[17:19].mean())}
     tokens, widths = random_tokens(36), [12] + [1] * 24
     expected, cache = decode(model, tokens, widths, route, **how)
     model = by_graphs(model)
@@ -101,7 +100,7 @@ def test_replayed_passes_compute_what_the_model_computes(dialect, route):
     assert len(recorded) == len(set(recorded)) >= 6, "ranges up to 16, 32 and 64 keys, each piece of each recorded once"
     assert len(recorded) == 6 or route == "auto"
     if route == "auto":
-        assert 0 < sum(bool(o.use_slow) for o in found) < len(found)
+        assert 0 < sum(bool(o.use_slow) for o in found[1:]) < len(widths) - 1
 
 
 @pytest.mark.parametrize("route", ["slow", "fast"])
@@ -175,17 +174,17 @@ def test_what_cannot_be_recorded_goes_on_without_and_says_why(caplog):
 
 
 def test_the_limits_are_those_of_the_model():
-    model = by_graphs(model_like(max_seq_len=32))
+    model = by_graphs(model_like(max_seq_len=64))
     with torch.inference_mode():
         cache = model.new_cache(1, 8)
         model(random_tokens(8), cache=cache)
         with pytest.raises(CacheFull, match="holds 8 tokens and 9 are needed"):
             model(random_tokens(1), cache=cache)
-        cache = model.new_cache(1, 64)
-        model(random_tokens(30), cache=cache)
-        with pytest.raises(ValueError, match="33 tokens exceed max_seq_len = 32"):
+        cache = model.new_cache(1, 96)
+        model(random_tokens(62), cache=cache)
+        with pytest.raises(ValueError, match="65 tokens exceed max_seq_len = 64"):
             model(random_tokens(3), cache=cache)
-        assert int(cache.n_cached) == 30
+        assert int(cache.n_cached) == 62
 
 
 def test_other_passes_are_not_the_runners():

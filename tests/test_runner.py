@@ -222,7 +222,8 @@ def test_heads_whose_scores_lie_far_apart_keep_their_own_scale():
     q[..., 0] = torch.tensor([[900.0, 0, -900], [-900, 500, 0]])  # the same for all keys: it changes no weight
     seen = torch.arange(12) < 10
     expected = torch.nn.functional.scaled_dot_product_attention(q[:, :, None].double(), *(x[:10].transpose(0, 1)[:, None].double() for x in (k, v)))
-    torch.testing.assert_close(read(q, k, v, seen[:, None], 4)[0], expected.flatten(0, 2).float(), rtol=1e-3, atol=1e-3)
+    k, v = (x.unflatten(0, (3, 4)).transpose(1, 2) for x in (k, v))  # (P, Hk, J, D)
+    torch.testing.assert_close(read(q, k, v, seen.view(3, 1, 4))[0], expected.flatten(0, 2).float(), rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
