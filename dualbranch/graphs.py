@@ -138,7 +138,9 @@ class GraphRunner:
         """Whether a pass is one for it: a few new tokens of one cached row, all by one branch, without gradient."""
         if cache is None or len(tokens) > 1 or torch.is_grad_enabled():
             return False
-        return tokens.numel() == 1 and not (isinstance(route, str) and route == "soft") or tokens.numel() <= FEW_QUERIES and route in ("slow", "fast")
+        if isinstance(route, str) and route in ("slow", "fast"):
+            return tokens.numel() <= FEW_QUERIES
+        return tokens.numel() == 1 and (isinstance(route, Tensor) or route == "auto")
 
     def __call__(
         self, tokens: Tensor, route: str | Tensor, decide: Callable[[Callable[[], Tensor]], tuple[Tensor | None, Tensor | None]], cache: KVCache

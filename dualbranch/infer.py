@@ -189,7 +189,7 @@ def prepare(loaded: LoadedModel, precision: str | None, compiled: bool) -> None:
         print("weights rounded to int8 (--precision fp32 keeps them)", file=sys.stderr)
     if precision is not None and precision != model.precision:
         quantize(model, precision, loaded.tokenizer)
-    if compiled and model.device.type == "cuda" or on_cpu and is_built(model, model.precision):
+    if (compiled and model.device.type == "cuda") or (on_cpu and is_built(model, model.precision)):
         model.compile_decode()
     elif on_cpu and model.precision != "fp32":
         print(f"decoding packed weights is slow without compiled code; make it with: dualbranch compile MODEL --precision {model.precision}", file=sys.stderr)

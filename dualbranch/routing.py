@@ -63,7 +63,7 @@ class TokenGroup:
 def goes_slow(route: str | Tensor, use_slow: Tensor | None) -> bool:
     """Whether tokens that all take one branch take the slow one, by `forward`'s `route` and decisions `use_slow (B, T)`: read only where the route
     leaves it open, for that waits for the device."""
-    return use_slow is None or not (isinstance(route, str) and route == "fast") and bool(use_slow.all())
+    return use_slow is None or (not (isinstance(route, str) and route == "fast") and bool(use_slow.all()))
 
 
 def pick(angles: Angles | None, index: Tensor) -> Angles | None:
