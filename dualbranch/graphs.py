@@ -35,8 +35,7 @@ Record = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 
 def unavailable(model: DualBranchModel) -> str | None:
     """Why `model` can't decode by CUDA graphs; None where it can."""
-    c = model.config
-    backend = get_backend(torch.empty(1, 1, c.n_heads, c.head_dim, dtype=model.cache_dtype, device=model.device))
+    backend = get_backend(torch.empty(1, 1, 1, model.config.head_dim, dtype=model.cache_dtype, device=model.device))
     return None if backend == "triton" else f"CUDA graphs need the Triton kernels, and attention runs on {backend}"
 
 
@@ -71,14 +70,18 @@ class Recorded:
 
 
 class Step:
-    """A pass of `n_new` tokens that follow at least `lowest` others in the first `n_keys` slots of the one row of `cache`, in pieces.
+    """A pass of `n_new` tokens that follow at least `lowest` others in the first `n_keys` slots of a cache's one row, in pieces.
 
     `begin()` gives the stem's output `(n_new, E)` and the gate's values or None; `rest[slow]()`, called after it, logits `(n_new, V)` and the residual
-    stream `(n_new, E)`. `place` says which tokens, and where. The pieces write to the cache, whose counts are not theirs.
+    stream `(n_new, E)`. `place` says which tokens, where, and in which cache, always the same or one on the same memory; it is not kept longer than
+    the pass. The pieces write to it; its counts are not theirs.
     """
 
-    def __init__(self, model: DualBranchModel, cache: KVCache, n_new: int, n_keys: int, lowest: int, record: Record) -> None:
-        self.model, self.cache, self.n_keys, self.lowest = model, cache.rows(0, 1), n_keys, lowest
+    @torch.inference_mode(False)  # these tensors are written to in any mode
+    @torch.no_grad()
+    def __init__(self, model: DualBranchModel, n_new: int, n_keys: int, lowest: int, record: Record) -> None:
+        self.model, self.n_keys, self.lowest = model, n_keys, lowest
+        self.cache: KVCache | None = None
         self.offsets = torch.arange(n_new, device=model.device)
         self.tokens, self.q_pos = torch.zeros(2, 1, n_new, dtype=torch.int64, device=model.device).unbind(0)
         every = torch.arange(n_keys, device=model.device)
@@ -87,8 +90,9 @@ class Step:
         self.begin = Recorded(self._begin, record)
         self.rest = {slow: Recorded(partial(self._rest, slow), record) for slow in (True, False)}
 
-    def place(self, tokens: Tensor, start: int) -> None:
-        """The next pass is of `tokens (1, n_new)` at positions from `start` on."""
+    def place(self, tokens: Tensor, start: int, cache: KVCache) -> None:
+        """The next pass is of `tokens (1, n_new)` at positions from `start` on in `cache`."""
+        self.cache = cache
         self.tokens.copy_(tokens)
         torch.add(self.offsets, start, out=self.q_pos[0])
 
@@ -136,7 +140,7 @@ class GraphRunner:
 
     def takes(self, tokens: Tensor, route: str | Tensor, cache: KVCache | None) -> bool:
         """Whether a pass is one for it: a few new tokens of one cached row, all by one branch, without gradient."""
-        if cache is None or len(tokens) > 1 or torch.is_grad_enabled():
+        if cache is None or len(tokens) > 1 or torch.is_grad_enabled() or get_backend(cache.k[0]) != "triton":
             return False
         if isinstance(route, str) and route in ("slow", "fast"):
             return tokens.numel() <= FEW_QUERIES
@@ -152,11 +156,12 @@ class GraphRunner:
         start = cache.next_slot(n_new)
         self.model.config.check_length(start + n_new)
         step = self._step(n_new, start + n_new, cache)
-        step.place(tokens, start)
+        step.place(tokens, start, cache)
         _, gate = self._run(step.begin)
         g, use_slow = decide(lambda: gate.clone())
         slow = goes_slow(route, use_slow)
         logits, hidden = self._run(step.rest[slow])
+        step.cache = None
         cache.fill_slots(n_new, slow)
         return ModelOutput(logits[None].clone(), hidden[None].clone(), g, use_slow)
 
@@ -172,7 +177,7 @@ class GraphRunner:
         most = max(FEWEST_KEYS, 1 << (n_filled - 1).bit_length())
         if (n_new, most) not in self.steps:
             lowest = 0 if most == FEWEST_KEYS else most // 2 + 1 - n_new
-            self.steps[n_new, most] = Step(self.model, cache, n_new, min(most, cache.capacity), lowest, self.record)
+            self.steps[n_new, most] = Step(self.model, n_new, min(most, cache.capacity), lowest, self.record)
         return self.steps[n_new, most]
 
     def _run(self, piece: Recorded) -> Any:

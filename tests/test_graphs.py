@@ -1,6 +1,7 @@
 """Decoding by CUDA graphs: equal to the model's own forward when recorded passes are replayed at other positions. Recorded on the CPU where there is no GPU."""
 
 import importlib.util
+import weakref
 
 import pytest
 import torch
@@ -157,6 +158,21 @@ def test_replies_are_those_of_the_model_whatever_draws_them():
         assert model.runner.recorded
         if speculate:
             assert max(n_new for n_new, _ in model.runner.steps) > 1, "verifications are recorded too"
+
+
+def test_recordings_serve_any_mode_without_gradient_and_let_go_of_the_cache():
+    model, tokens = model_like(), random_tokens(9)
+    expected, cache = decode(model, tokens, [5, 1, 1, 1, 1], "fast")
+    model = by_graphs(model)
+    own, found = model.new_cache(1, 9), []
+    for start, stop, mode in ((0, 5, torch.no_grad), (5, 6, torch.inference_mode), (6, 7, torch.no_grad), (7, 8, torch.inference_mode), (8, 9, torch.no_grad)):
+        with mode():
+            found.append(model(tokens[:, start:stop], "fast", cache=own))
+    assert_alike(found, expected, own, cache)
+    assert len(model.runner.recorded) == 2
+    watched = weakref.ref(own)
+    del own
+    assert watched() is None
 
 
 def test_what_cannot_be_recorded_goes_on_without_and_says_why(caplog):
