@@ -123,7 +123,7 @@ class PackedMatrix(nn.Module):
     """A matrix `(N, K)` at 16 bits (bf16), 8 (a scale per row) or 4 (groups of 32 columns with scale and offset). fp32 in and out.
 
     `words (N' / L, K' / per, L)` int32, at 16 bits bf16, with N and K rounded up to multiples of STORED_LANES and GROUP; `scales`: at 8 bits `(N',)` fp32,
-    at 4 offset and scale `(2, N' / L, K' / GROUP, L)` bf16, at 16 None.
+    at 4 offset and scale `(2, N' / L, K' / GROUP, L)` bf16, at 16 None. A state dict holds bf16 numbers in pairs, as int32, so that nothing converts them.
     """
 
     def __init__(self, n_rows: int, n_columns: int, bits: int) -> None:
@@ -156,12 +156,13 @@ class PackedMatrix(nn.Module):
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._in_lanes:
-            destination[prefix + name] = relaid(destination[prefix + name], STORED_LANES)
+            t = relaid(destination[prefix + name], STORED_LANES)
+            destination[prefix + name] = t.flatten().view(torch.int32).view(*t.shape[:-1], -1)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         for name in self._in_lanes:
             if prefix + name in state_dict:
-                state_dict[prefix + name] = relaid(state_dict[prefix + name], LANES)
+                state_dict[prefix + name] = relaid(state_dict[prefix + name].view(getattr(self, name).dtype), LANES)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn, recurse: bool = True) -> PackedMatrix:

@@ -75,7 +75,7 @@ def read(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     scores = torch.stack([(q_g[:, None] * k).sum(-1) for q_g in q.unbind(1)]).masked_fill(~seen, float("-inf"))  # (G, P, Hk, J)
     scores = kept(scores.transpose(1, 2).flatten(2).contiguous())  # (G, Hk, P * J)
     e = kept((scores - scores.amax(-1, keepdim=True)).exp())
-    weights = e.unflatten(-1, v.shape[::2][:2]).transpose(1, 2)  # (G, P, Hk, J)
+    weights = e.unflatten(-1, (v.shape[0], v.shape[2])).transpose(1, 2)  # (G, P, Hk, J)
     parts = kept(torch.stack([(w[..., None] * v).sum(2) for w in weights], 2))  # (P, Hk, G, D)
     return (parts.sum(0) / e.sum(-1).T[..., None]).flatten(0, 1)[None]
 
