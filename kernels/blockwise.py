@@ -344,7 +344,7 @@ def _window_and_sinks(plan: AttentionPlan, spec: SparseSpec) -> tuple[int, Tenso
 def _indexable(q: Tensor, k: Tensor, v: Tensor) -> bool:
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     plain = q.device.type == "cpu" and q.dtype == torch.float32 and not trained
-    return (plain or _has_bf16_products(q, k, v)) and _is_token_major(k, v)
+    return (plain or _has_bf16_products(q, k, v)) and k.stride() == v.stride() and k.stride(3) == 1 and not any(s % k.shape[3] for s in k.stride()[:3])
 
 
 def _is_token_major(k: Tensor, v: Tensor) -> bool:
@@ -359,13 +359,24 @@ def _fits(k: Tensor, spec: SparseSpec) -> bool:
 
 
 def _table(x: Tensor) -> Tensor:
-    """x (B, S, Hk, D), maybe a slice of a longer cache, as (R, D): token s of row b, head hk, is row `_row_starts(x)[b] + s * Hk + hk`."""
-    B, S, Hk, D = x.shape
-    return x.as_strided(((B - 1) * (x.stride(0) // D) + S * Hk, D), (D, 1))
+    """x (B, S, Hk, D), maybe a slice of a longer cache, heads or tokens side by side, as (R, D): token s of row b, head hk, is row
+    `_row_starts(x)[b] + s * _step(x) + _heads(x)[hk]`."""
+    D = x.shape[3]
+    return x.as_strided((sum((n - 1) * (s // D) for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)) + 1, D), (D, 1))
 
 
 def _row_starts(x: Tensor) -> Tensor:
     return torch.arange(x.shape[0], device=x.device) * (x.stride(0) // x.shape[3])
+
+
+def _step(x: Tensor) -> int:
+    """Rows of `_table(x)` from a token to the next."""
+    return x.stride(1) // x.shape[3]
+
+
+def _heads(x: Tensor) -> Tensor:
+    """(Hk, 1): rows of `_table(x)` from head 0 to each."""
+    return (torch.arange(x.shape[2], device=x.device) * (x.stride(2) // x.shape[3]))[:, None]
 
 
 def _valid(plan: AttentionPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -446,14 +457,12 @@ def _valid_queries(q: Tensor, plan: AttentionPlan) -> Tensor:
 
 
 def _dense_by_index(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    Hk = k.shape[2]
-
     def build() -> _Reads:
         _, row, q_pos, doc_start = (x[:, None, None] for x in _valid(plan))
         keys = doc_start + torch.arange(plan.max_rel + 1, device=k.device)  # (n, 1, L)
         hidden = keys > q_pos
-        rows = _row_starts(k)[row] + torch.where(hidden, q_pos, keys) * Hk + torch.arange(Hk, device=k.device)[:, None]
-        return _make_reads(rows, hidden, q.shape[2] // Hk, _table(k))
+        rows = _row_starts(k)[row] + torch.where(hidden, q_pos, keys) * _step(k) + _heads(k)
+        return _make_reads(rows, hidden, q.shape[2] // k.shape[2], _table(k))
 
     reads = plan.cached(("dense by index", q.shape[2], k.shape, k.stride()), build)
     return _read(_valid_queries(q, plan), k, v, reads, plan)
@@ -473,13 +482,12 @@ class _SparseReads(NamedTuple):
 
 def _sparse_reads(H: int, k: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSpec) -> _SparseReads:
     _, row, q_pos, doc_start = (x[:, None, None] for x in _valid(plan))
-    Hk, bs = k.shape[2], spec.block_size
-    heads = torch.arange(Hk, device=k.device)[:, None]
-    start = _row_starts(k)[row] + heads  # (n, Hk, 1)
-    own = start + q_pos * Hk
+    bs, step = spec.block_size, _step(k)
+    start = _row_starts(k)[row] + _heads(k)  # (n, Hk, 1)
+    own = start + q_pos * step
     _, keys, keep = _window_and_sinks(plan, spec)
     keys, keep = _valid_queries(keys, plan), _valid_queries(keep, plan)  # (n, 1, L)
-    rows, hidden = torch.where(keep, start + keys * Hk, own), ~keep
+    rows, hidden = torch.where(keep, start + keys * step, own), ~keep
     first, stop = _selectable_range(q_pos, doc_start, spec)
     n_blocks = max(0, int((stop - first).amax()))
     n_chosen = min(n_blocks, spec.n_selected_blocks)
@@ -488,12 +496,12 @@ def _sparse_reads(H: int, k: Tensor, pooled: Tensor, plan: AttentionPlan, spec: 
         n = first + torch.arange(n_blocks, device=k.device)
         unused = n >= stop
         n = torch.where(unused, torch.minimum(first, stop - 1).clamp(min=0), n)
-        blocks = _make_reads(_row_starts(pooled)[row] + n * Hk + heads, unused, 1, _table(pooled))
+        blocks = _make_reads(_row_starts(pooled)[row] + n * _step(pooled) + _heads(pooled), unused, 1, _table(pooled))
     room = (0, n_chosen * bs)
-    reads = _make_reads(F.pad(rows, room), F.pad(hidden, room), H // Hk, _table(k))
-    low, high = start + (doc_start + spec.n_sinks) * Hk, start + (torch.minimum(q_pos - spec.window + 1, stop * bs) - 1) * Hk
+    reads = _make_reads(F.pad(rows, room), F.pad(hidden, room), H // k.shape[2], _table(k))
+    low, high = start + (doc_start + spec.n_sinks) * step, start + (torch.minimum(q_pos - spec.window + 1, stop * bs) - 1) * step
     high = high.masked_fill(high < low, -1)
-    return _SparseReads(reads, n_chosen, blocks, (start + (first * bs + torch.arange(bs, device=k.device)) * Hk).unsqueeze(2), low, high, own)
+    return _SparseReads(reads, n_chosen, blocks, (start + (first * bs + torch.arange(bs, device=k.device)) * step).unsqueeze(2), low, high, own)
 
 
 def _sparse_by_index(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor) -> Tensor:
@@ -507,7 +515,7 @@ def _sparse_by_index(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec:
         else:
             scores = _scores(upcast(q).view(-1, Hk, H // Hk, D).sum(2), _table(upcast(pooled)), s.blocks, 1.0)
             ids = _best(scores.view(*s.own.shape[:2], -1), s.n_chosen)[1]  # (n, Hk, M), counted from the first selectable block
-        chosen = (s.first + (ids * (bs * Hk)).unsqueeze(-1)).flatten(2)  # (n, Hk, M * bs)
+        chosen = (s.first + (ids * (bs * _step(k))).unsqueeze(-1)).flatten(2)  # (n, Hk, M * bs)
         hidden = chosen.clamp(s.low, s.high) != chosen
         s.reads.rows[..., -chosen.shape[2] :] = torch.where(hidden, s.own, chosen).unsqueeze(2)
         s.reads.bias[..., -chosen.shape[2] :] = torch.where(hidden, float("-inf"), 0.0).unsqueeze(2)

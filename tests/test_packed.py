@@ -151,6 +151,8 @@ def test_a_quantized_checkpoint_loads_as_it_was(tmp_path, precision):
     save_checkpoint(tmp_path / "full", make_tiny_model(400), make_tiny_tokenizer())
     again, _ = load_checkpoint(tmp_path / "small")
     assert again.precision == precision
+    for (name, a), (_, b) in zip(again.named_buffers(), model.named_buffers(), strict=True):
+        assert a.dtype == b.dtype, f"compiled code reads {name} as what it was made for"
     with torch.no_grad():
         assert torch.equal(again(tokens, "slow").logits, model(tokens, "slow").logits)
     small, full = ((tmp_path / n / "model.safetensors").stat().st_size for n in ("small", "full"))
