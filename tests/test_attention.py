@@ -186,7 +186,9 @@ def test_import_kernels_does_not_import_triton():
 @pytest.mark.skipif(not has_bf16_units(torch.device("cpu")), reason="this CPU has no units for bf16")
 @pytest.mark.parametrize("T, H, Hk", [(1, 4, 2), (2, 4, 2), (255, 6, 2), (256, 3, 3), (300, 7, 1), (513, 4, 4)])
 @pytest.mark.parametrize("where", ["prefix", "run", "scattered"])
-def test_rising_queries_in_bf16_are_as_near_to_exact_as_rounding_lets_them(monkeypatch, T, H, Hk, where):
+@pytest.mark.parametrize("by_sdpa", [False, True])
+def test_rising_queries_in_bf16_are_as_near_to_exact_as_rounding_lets_them(monkeypatch, T, H, Hk, where, by_sdpa):
+    monkeypatch.setattr(blockwise, "_has_bf16_sdpa", lambda: by_sdpa)
     generator = torch.Generator().manual_seed(T)
     at = {"prefix": torch.arange(T), "run": torch.arange(70, 70 + T), "scattered": torch.randperm(3 * T, generator=generator)[:T].sort().values}[where]
     S, positions = int(at[-1]) + 1, at.expand(2, T)
