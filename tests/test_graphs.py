@@ -132,6 +132,16 @@ def test_a_token_computed_again_slow_overwrites_its_fast_row():
     assert expected[1].from_slow[0, :30].tolist() == [t % 3 == 0 for t in range(30)]
 
 
+def test_tokens_before_dense_len_read_everything_in_a_range_that_goes_beyond_it():
+    model, tokens = model_like(sparse=SparseSpec(block_size=4, n_selected_blocks=2, window=8, n_sinks=2, dense_len=80)), random_tokens(96)
+    widths = [72, 1, 1, 1, 21]
+    expected, cache = decode(model, tokens, widths, "fast")
+    model = by_graphs(model)
+    found, own = decode(model, tokens, widths, "fast")
+    assert_alike(found, expected, own, cache)
+    assert list(model.runner.steps) == [(1, 128)]
+
+
 def test_another_cache_gets_recordings_of_its_own():
     model, tokens = model_like(), random_tokens(20)
     caches = []
