@@ -22,7 +22,7 @@ from dualbranch.compiled import build, load_steps
 from dualbranch.config import DualBranchConfig
 from dualbranch.measure import about, spread
 from dualbranch.model import DualBranchModel
-from dualbranch.precision import quantize
+from dualbranch.precision import parse_precision, quantize
 from dualbranch.runner import BlockStep, plain_steps, step_name
 from kernels import SparseSpec
 
@@ -84,6 +84,13 @@ def main(argv: list[str] | None = None, config: DualBranchConfig = SMOLLM2) -> d
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
+    for precision in args.precision:
+        try:
+            parse_precision(precision)
+        except ValueError as error:
+            parser.error(str(error))
+    if not 0 < min(args.contexts) <= max(args.contexts) < config.max_seq_len:
+        parser.error(f"--contexts must lie in [1, {config.max_seq_len})")
     torch.set_num_threads(args.threads)
     console, results, between = Console(stderr=True), [], torch.ones(12 << 20)
     for precision in args.precision:

@@ -86,7 +86,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Ten
         return _rising_in_bf16(q, k, v, plan.cached("rising", lambda: _rising_chunks(plan.q_pos[0])))
     if plan.q_pos.numel() == 1 and not plan.has_docs:  # decode of one sequence sees a slice
         k, v = k[:, : plan.max_pos + 1], v[:, : plan.max_pos + 1]
-        if _has_bf16_products(q, k, v) and _is_token_major(k, v):
+        if _has_bf16_products(q, k, v):
             return _one_query_in_bf16(q, k, v)
         return _sdpa(_compute(q), _compute(k), _compute(v)).to(dtype)
     q, k, v = _compute(q), _compute(k), _compute(v)
@@ -152,15 +152,10 @@ def _rising_in_bf16(q: Tensor, k: Tensor, v: Tensor, chunks: list[tuple[slice, i
 
 
 def _one_query_in_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one query q (1, 1, H, D) over all of k, v (1, S, Hk, D). Each query head is a row that is zero but at its KV head, so that two products
-    read keys and values as they lie, once, and copy nothing."""
-    _, _, H, D = q.shape
-    Hk = k.shape[2]
-    own = torch.eye(Hk, dtype=q.dtype, device=q.device)[:, None, :, None]  # (Hk, 1, Hk, 1)
-    rows = ((q * D**-0.5).view(Hk, H // Hk, 1, D) * own).view(H, Hk * D)
-    p = (rows @ k[0].flatten(1).t()).softmax(-1)
-    out = (p @ v[0].flatten(1)).view(Hk, H // Hk, Hk, D)
-    return out.diagonal(dim1=0, dim2=2).permute(2, 0, 1).reshape(1, 1, H, D)
+    """Attention of one query q (1, 1, H, D) over all of k, v (1, S, Hk, D), by products that copy nothing: fastest where heads lie side by side."""
+    Hk, D = k.shape[2:]
+    p = torch.bmm((q * D**-0.5).view(Hk, -1, D), k[0].permute(1, 2, 0)).softmax(-1)  # (Hk, G, S)
+    return torch.bmm(p, v[0].transpose(0, 1)).view(q.shape)
 
 
 def _chunks(plan: AttentionPlan) -> list[tuple[int, int, int, int]]:
@@ -355,11 +350,6 @@ def _indexable(q: Tensor, k: Tensor, v: Tensor) -> bool:
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     plain = q.device.type == "cpu" and q.dtype == torch.float32 and not trained
     return (plain or _has_bf16_products(q, k, v)) and k.stride() == v.stride() and k.stride(3) == 1 and not any(s % k.shape[3] for s in k.stride()[:3])
-
-
-def _is_token_major(k: Tensor, v: Tensor) -> bool:
-    """Whether a token's heads lie one after the other, and tokens too: a cache, or a slice of one."""
-    return k.stride() == v.stride() and k.stride()[1:] == (k.shape[2] * k.shape[3], k.shape[3], 1)
 
 
 def _fits(k: Tensor, spec: SparseSpec) -> bool:
