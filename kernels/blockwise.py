@@ -152,10 +152,17 @@ def _rising_in_bf16(q: Tensor, k: Tensor, v: Tensor, chunks: list[tuple[slice, i
 
 
 def _one_query_in_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one query q (1, 1, H, D) over all of k, v (1, S, Hk, D), by products that copy nothing: fastest where heads lie side by side."""
-    Hk, D = k.shape[2:]
-    p = torch.bmm((q * D**-0.5).view(Hk, -1, D), k[0].permute(1, 2, 0)).softmax(-1)  # (Hk, G, S)
-    return torch.bmm(p, v[0].transpose(0, 1)).view(q.shape)
+    """Attention of one query q (1, 1, H, D) over all of k, v (1, S, Hk, D), by two products that read keys and values as they lie, once, and copy nothing."""
+    _, _, H, D = q.shape
+    Hk = k.shape[2]
+    if any(x.stride()[1:] != (Hk * D, D, 1) for x in (k, v)):  # as in a cache, where a head's tokens lie side by side
+        p = torch.bmm((q * D**-0.5).view(Hk, H // Hk, D), k[0].permute(1, 2, 0)).softmax(-1)  # (Hk, G, S)
+        return torch.bmm(p, v[0].transpose(0, 1)).view(q.shape)
+    own = torch.eye(Hk, dtype=q.dtype, device=q.device)[:, None, :, None]  # (Hk, 1, Hk, 1): each query head is a row that is zero but at its KV head
+    rows = ((q * D**-0.5).view(Hk, H // Hk, 1, D) * own).view(H, Hk * D)
+    p = (rows @ k[0].flatten(1).t()).softmax(-1)
+    out = (p @ v[0].flatten(1)).view(Hk, H // Hk, Hk, D)
+    return out.diagonal(dim1=0, dim2=2).permute(2, 0, 1).reshape(1, 1, H, D)
 
 
 def _chunks(plan: AttentionPlan) -> list[tuple[int, int, int, int]]:
