@@ -299,9 +299,10 @@ def test_products_in_bf16_stay_close_to_fp32(monkeypatch, ratio, H, Hk):
         assert (out.float() - expected).norm() < 0.01 * expected.norm(), name
 
 
+@pytest.mark.parametrize("heads_together", [True, False])
 @pytest.mark.parametrize(("H", "Hk"), [(4, 2), (3, 1), (9, 3), (4, 4)])
 @pytest.mark.parametrize("positions", [[[85]], [[3]], [[84, 85]], [[85], [40]], [[85, -1], [40, 41]]])
-def test_few_queries_in_bf16_read_a_cache_as_nearly_as_rounding_lets_them(monkeypatch, positions, H, Hk):
+def test_few_queries_in_bf16_read_a_cache_as_nearly_as_rounding_lets_them(monkeypatch, positions, H, Hk, heads_together):
     """Decode where a CPU has units for bf16: one row and several, sparse and dense queries, padding; what no query sees may hold anything."""
     monkeypatch.setattr("kernels.blockwise.has_bf16_units", lambda device: True)
     calls = []
@@ -311,6 +312,8 @@ def test_few_queries_in_bf16_read_a_cache_as_nearly_as_rounding_lets_them(monkey
     q_pos = torch.tensor(positions)
     plan = AttentionPlan(q_pos, 90)
     q, k, v = make(len(q_pos), q_pos.shape[1], 90, H, Hk, 16, dtype=torch.bfloat16)
+    if not heads_together:  # as a cache lies
+        k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
     for b, row in enumerate(q_pos):
         k[b, int(row.max()) + 1 :], v[b, int(row.max()) + 1 :] = NAN, NAN
     pooled = pool_keys(k, SPEC.block_size)
