@@ -129,6 +129,7 @@ def build(model: DualBranchModel, note: Callable[[str], None] = lambda text: Non
             args, dynamic = example(model, step)
             program = torch.export.export(step, args, dynamic_shapes=dynamic, strict=False)
             program = program.run_decompositions({torch.ops.aten.linear.default: runner.linear_as_sums})
+            merge_repeated(program)
             path = str(Path(temporary) / f"{name}.pt2")
             options = COMPILE_OPTIONS | ON_THE_STACK if isinstance(step, runner.BlockStep) else COMPILE_OPTIONS
             try:
@@ -137,6 +138,19 @@ def build(model: DualBranchModel, note: Callable[[str], None] = lambda text: Non
                 raise ValueError(f"{name} can't be compiled: {str(error).strip()[:300]}") from error
             os.replace(path, folder / f"{name}.pt2")
     (folder / "done").touch()
+
+
+def merge_repeated(program: torch.export.ExportedProgram) -> None:
+    """Computes once what the program computes several times: what products with the same tokens prepare, say. The compiler would not, and then makes
+    a loop of its own for each product; together they share one. Mutates the program, whose operators mutate nothing."""
+    first: dict[tuple, torch.fx.Node] = {}
+    for node in list(program.graph.nodes):
+        if node.op == "call_function":
+            same = first.setdefault((node.target, str(node.args), str(node.kwargs)), node)
+            if same is not node:
+                node.replace_all_uses_with(same)
+                program.graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple]:
@@ -162,7 +176,7 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
     cos_sin = torch.zeros(2, 1, 1, c.rotary_dim or c.head_dim).unbind(0)
     k, v = torch.zeros(2, 1, c.n_kv_heads, 130 * c.sparse.block_size, c.head_dim, dtype=model.cache_dtype).unbind(0)
     pooled = torch.zeros(1, 130, c.n_kv_heads, c.head_dim)
-    n_blocks, begun = (Dim(name, min=2, max=1 << 24) for name in ("n_blocks", "begun"))
-    capacity = Dim("capacity", min=2 * c.sparse.block_size, max=c.sparse.block_size << 24)
+    n_blocks, begun, room = (Dim(name, min=2, max=1 << 24) for name in ("n_blocks", "begun", "room"))
+    capacity = c.sparse.block_size * room
     args = (weights, x, *(t.clone() for t in (*cos_sin, k, v)), pooled, torch.zeros(70), torch.tensor([69 * c.sparse.block_size]))
     return args, (dict.fromkeys(weights), None, None, None, {2: capacity}, {2: capacity}, {1: n_blocks}, {0: begun}, None)

@@ -21,6 +21,7 @@ from dualbranch.cache import KVCache, NoCache
 from dualbranch.config import DualBranchConfig
 from dualbranch.gate import Calibration, GatingController, check_budget
 from dualbranch.layers import Rope, ScaledEmbedding
+from dualbranch.memory import move_to_huge_pages
 from dualbranch.packed import PackedLinear, logits_of, product_dtype
 from dualbranch.routing import Grid, Partition, TokenGroup
 from dualbranch.runner import Runner
@@ -275,6 +276,7 @@ class DualBranchModel(nn.Module):
         if steps is None:
             logger.warning("decoding runs uncompiled: %s", reason or "nothing was built yet for such a model on this machine (`dualbranch compile`)")
             return False
+        move_to_huge_pages([*self.parameters(), *self.buffers()])
         self.runner = Runner(self, steps)
         return True
 

@@ -55,29 +55,27 @@ class NewestToken:
         q, together = q.view(k.shape[1], -1, q.shape[-1]), self.block_size  # (Hk, G, D)
         if not self.sparse:
             seen = torch.arange(self.n_keys, device=q.device) <= self.position
-            k, v = (x[0, :, : self.n_keys].unflatten(1, (-1, together)).transpose(0, 1) for x in (k, v))
-            return read(q, k, v, seen.view(-1, 1, together))
-        slots, seen = sparse_slots(q, pooled[:, : self.n_keys // self.block_size], self.position, reads)
-        slots, seen = (x.unflatten(1, (-1, together)).transpose(0, 1) for x in (slots, seen))  # (P, Hk, J)
+            return read(q, *(x[0, :, : self.n_keys].unflatten(1, (-1, together)) for x in (k, v)), seen.view(1, -1, together))
+        blocks, seen = sparse_blocks(q, pooled[:, : self.n_keys // together], self.position, reads)
         head = torch.arange(k.shape[1], device=k.device)[:, None]
-        return read(q, *(kept(x[0, head, slots]) for x in (k, v)), seen)
+        return read(q, *(kept(x[0].unflatten(1, (-1, together))[head, blocks]) for x in (k, v)), seen)
+
 
 
 def read(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """Softmax attention of `q (Hk, G, D)` over those of `k, v (P, Hk, J, D)`, P pieces of J keys each, with `seen (P, Hk or 1, J)`, at least one:
+    """Softmax attention of `q (Hk, G, D)` over those of `k, v (Hk, P, J, D)`, P pieces of J keys each, with `seen (Hk or 1, P, J)`, at least one:
     `(1, Hk * G, D)`, fp32.
 
-    Written as sums, a query head at a time, it compiles to loops that read keys and values once, as they lie. Products of matrices with as few rows
-    as G take twice as long, and scaled_dot_product_attention three times. Cores share the pieces. Values are divided by the sum of their weights last,
-    so that the exponentials are a loop for all cores.
+    Written as sums, a query head at a time, it compiles to loops that read keys and values once, as they lie, a KV head after the other (in turn, they
+    take twice as long to come from memory). Products of matrices with as few rows as G take twice as long, and scaled_dot_product_attention three times.
+    Cores share the pieces. Values are divided by the sum of their weights last, so that the exponentials are a loop for all cores.
     """
     q, k, v = kept(q.float() * q.shape[-1] ** -0.5), k.float(), v.float().masked_fill(~seen[..., None], 0.0)
-    scores = torch.stack([(q_g[:, None] * k).sum(-1) for q_g in q.unbind(1)]).masked_fill(~seen, float("-inf"))  # (G, P, Hk, J)
-    scores = kept(scores.transpose(1, 2).flatten(2).contiguous())  # (G, Hk, P * J)
+    scores = torch.stack([(q_g[:, None, None] * k).sum(-1) for q_g in q.unbind(1)]).masked_fill(~seen, float("-inf"))
+    scores = kept(scores.flatten(2))  # (G, Hk, P * J)
     e = kept((scores - scores.amax(-1, keepdim=True)).exp())
-    weights = e.unflatten(-1, (v.shape[0], v.shape[2])).transpose(1, 2)  # (G, P, Hk, J)
-    parts = kept(torch.stack([(w[..., None] * v).sum(2) for w in weights], 2))  # (P, Hk, G, D)
-    return (parts.sum(0) / e.sum(-1).T[..., None]).flatten(0, 1)[None]
+    parts = kept(torch.stack([(w[..., None] * v).sum(2) for w in e.unflatten(-1, v.shape[1:3])], 1))  # (Hk, G, P, D)
+    return (parts.sum(2) / e.sum(-1).T[..., None]).flatten(0, 1)[None]
 
 
 def linear_as_sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -86,27 +84,33 @@ def linear_as_sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return y if bias is None else y + bias
 
 
-def sparse_slots(q: Tensor, pooled: Tensor, position: Tensor, spec: SparseSpec) -> tuple[Tensor, Tensor]:
-    """Which keys the query at `position (1,)`, at least dense_len, reads: `slots (Hk, L)` int64 and whether each counts, L a multiple of the block
-    size. The rule is `kernels.reference`'s (but equal scores may choose either block)."""
-    device, n_groups = q.device, q.shape[0]
+def sparse_blocks(q: Tensor, pooled: Tensor, position: Tensor, spec: SparseSpec) -> tuple[Tensor, Tensor]:
+    """Which keys the query at `position (1,)`, at least dense_len, reads: `blocks (Hk, P)` int64 that hold them, and which of their keys count, `seen
+    (Hk, P, block_size)`. No key counts twice. The rule is `kernels.reference`'s (but equal scores may choose either block)."""
+    size, device, n_groups = spec.block_size, q.device, q.shape[0]
     before_window = position - spec.window  # the last key before it
-    n_places = spec.n_sinks + -(spec.n_sinks + spec.window) % spec.block_size  # some for nothing
-    sinks = torch.arange(n_places, device=device)
-    window = position - torch.arange(spec.window, device=device)
-    near = torch.cat([torch.minimum(sinks, position), window.clamp(min=0)]).expand(n_groups, -1)
-    counts = torch.cat([(sinks <= before_window) & (sinks < spec.n_sinks), window >= 0]).expand(n_groups, -1)
+    newest, within = position // size, torch.arange(size, device=device)
+    sinks = torch.arange(-(-spec.n_sinks // size), device=device)
+    window = newest - torch.arange((spec.window + size - 2) // size + 1, device=device)
+    sink_tokens, window_tokens = (blocks[:, None] * size + within for blocks in (sinks, window))
+    blocks = torch.cat([torch.minimum(sinks, newest), window.clamp(min=0)]).expand(n_groups, -1)  # where there is none, any: nothing there is seen
+    seen = torch.cat(
+        [
+            (sink_tokens < spec.n_sinks) & (sink_tokens <= before_window),
+            (window_tokens > before_window) & (window_tokens <= position) & (window_tokens >= 0),
+        ]
+    ).expand(n_groups, -1, -1)
     if spec.n_selected_blocks == 0:
-        return near, counts
-    start = torch.arange(pooled.shape[1], device=device) * spec.block_size
-    end = start + spec.block_size
+        return blocks, seen
+    start = torch.arange(pooled.shape[1], device=device) * size
+    end = start + size
     selectable = (end <= position + 1) & (start <= before_window) & (end > spec.n_sinks)
     scores = (kept(q.sum(1))[:, None] * pooled[0].transpose(0, 1)).sum(-1).masked_fill(~selectable, float("-inf"))  # (Hk, N)
-    best, block = F.pad(scores, (0, spec.n_selected_blocks), value=float("-inf")).topk(spec.n_selected_blocks, dim=-1)
-    tokens = block[..., None] * spec.block_size + torch.arange(spec.block_size, device=device)
-    far = (best > float("-inf"))[..., None] & (tokens >= spec.n_sinks) & (tokens <= before_window)
-    tokens = torch.where(far, tokens, position)
-    return torch.cat([near, tokens.flatten(1)], 1), torch.cat([counts, far.flatten(1)], 1)
+    best, chosen = F.pad(scores, (0, spec.n_selected_blocks), value=float("-inf")).topk(spec.n_selected_blocks, dim=-1)
+    exists = best > float("-inf")
+    tokens = chosen[..., None] * size + within
+    far = exists[..., None] & (tokens >= spec.n_sinks) & (tokens <= before_window)
+    return torch.cat([blocks, torch.where(exists, chosen, 0)], 1), torch.cat([seen, far], 1)
 
 
 class BlockStep(nn.Module):

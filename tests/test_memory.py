@@ -1,9 +1,13 @@
 """The memory of freed tensors is used again."""
 
+import mmap
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from dualbranch import memory
 
 CODE = """
 import resource, torch
@@ -32,7 +36,32 @@ def test_freed_memory_is_used_again_without_page_faults():
 
 
 def test_a_library_without_mallopt_changes_nothing(monkeypatch):
-    from dualbranch import memory
-
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
     assert memory.keep_freed_memory() is False
+
+
+def test_tensors_move_to_huge_pages_as_they_are():
+    plain, half, whole = torch.randn(1000, 700), torch.randn(3, 5).bfloat16(), torch.arange(77)
+    across, empty, tied = torch.randn(4, 6).T, torch.zeros(0, 3), torch.nn.Linear(3, 2)
+    tensors = [plain, half, whole, across, empty, *tied.parameters()]
+    before, places = [t.clone() for t in tensors], [t.data_ptr() for t in tensors]
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        pytest.skip("this system has no huge pages to ask for")
+    assert memory.move_to_huge_pages(tensors)
+    for t, old in zip(tensors, before, strict=True):
+        assert t.dtype == old.dtype and t.stride() == old.stride() and torch.equal(t, old)
+    moved = [t.data_ptr() != place for t, place in zip(tensors, places, strict=True)]
+    assert moved == [True, True, True, False, False, True, True]
+    assert half.data_ptr() == plain.data_ptr() + -(-plain.nbytes // memory.LINE) * memory.LINE
+    half.zero_()
+    assert torch.equal(plain, before[0]) and torch.equal(whole, before[2])
+    tied(torch.ones(3)).sum().backward()
+    assert tied.weight.grad is not None
+
+
+def test_where_no_huge_pages_can_be_asked_for_tensors_stay(monkeypatch):
+    x = torch.ones(3)
+    place = x.data_ptr()
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    assert not memory.move_to_huge_pages([x]) and x.data_ptr() == place
+    assert not memory.move_to_huge_pages([])

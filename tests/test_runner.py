@@ -6,14 +6,17 @@ import shutil
 import pytest
 import torch
 from conftest import make_tiny_model, make_tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dualbranch import compiled
 from dualbranch.cache import CacheFull
-from dualbranch.compiled import build, steps_folder, unavailable
+from dualbranch.compiled import build, merge_repeated, steps_folder, unavailable
 from dualbranch.model import DualBranchModel
 from dualbranch.precision import quantize
-from dualbranch.runner import Runner, plain_steps, read
-from kernels import SparseSpec, has_bf16_units
+from dualbranch.runner import Runner, plain_steps, read, sparse_blocks
+from kernels import AttentionPlan, SparseSpec, has_bf16_units
+from kernels.reference import pool_keys, select_blocks, sparse_mask
 
 DIALECTS = {
     "plain": {},
@@ -156,6 +159,35 @@ def test_more_sinks_than_cached_tokens_are_clamped():
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-5)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 5), st.integers(1, 25), st.integers(0, 20), st.integers(0, 99), st.integers(0, 2**31))
+def test_the_blocks_read_hold_each_key_of_the_rule_once(block_size, n_selected, window, n_sinks, position, seed):
+    spec = SparseSpec(block_size, n_selected, window, n_sinks, dense_len=0)
+    room = (position // block_size + 1) * block_size
+    q, k = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)), torch.randn(1, room, 2, 8, generator=torch.Generator().manual_seed(seed + 1))
+    pooled, plan = pool_keys(k, block_size), AttentionPlan(torch.tensor([[position]]), room)
+    blocks, seen = sparse_blocks(q.view(2, 2, 8), pooled, torch.tensor([position]), spec)
+    assert int(blocks.min()) >= 0 and int(blocks.max()) < room // block_size
+    times_read = torch.zeros(2, room, dtype=torch.int64)
+    tokens = blocks[..., None] * block_size + torch.arange(block_size)
+    times_read.scatter_add_(1, tokens.flatten(1), seen.flatten(1).long())
+    expected = sparse_mask(select_blocks(q[None, None], pooled, plan, spec), plan, spec)[0, 0]
+    assert torch.equal(times_read, expected.long())
+
+
+def test_what_a_program_computes_twice_is_computed_once():
+    class Twice(torch.nn.Module):
+        def forward(self, x):
+            return (x * 2.0).sin() + (x * 2.0).sin() * (x * 3.0)
+
+    program = torch.export.export(Twice(), (torch.ones(3),)).run_decompositions({})
+    before = len(program.graph.nodes)
+    merge_repeated(program)
+    assert len(program.graph.nodes) == before - 2
+    x = torch.randn(3)
+    assert torch.equal(program.module()(x), Twice()(x))
+
+
 def test_compiled_and_quantized_it_computes_the_same(monkeypatch, tmp_path):
     monkeypatch.setenv("DUALBRANCH_CACHE", str(tmp_path))
     monkeypatch.setattr(DualBranchModel, "cache_dtype", torch.float32)  # in bf16, sums in another order round some keys and values the other way
@@ -222,8 +254,8 @@ def test_heads_whose_scores_lie_far_apart_keep_their_own_scale():
     q[..., 0] = torch.tensor([[900.0, 0, -900], [-900, 500, 0]])  # the same for all keys: it changes no weight
     seen = torch.arange(12) < 10
     expected = torch.nn.functional.scaled_dot_product_attention(q[:, :, None].double(), *(x[:10].transpose(0, 1)[:, None].double() for x in (k, v)))
-    k, v = (x.unflatten(0, (3, 4)).transpose(1, 2) for x in (k, v))  # (P, Hk, J, D)
-    torch.testing.assert_close(read(q, k, v, seen.view(3, 1, 4))[0], expected.flatten(0, 2).float(), rtol=1e-3, atol=1e-3)
+    k, v = (x.transpose(0, 1).unflatten(1, (3, 4)) for x in (k, v))  # (Hk, P, J, D)
+    torch.testing.assert_close(read(q, k, v, seen.view(1, 3, 4))[0], expected.flatten(0, 2).float(), rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
