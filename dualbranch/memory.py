@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 #: Bytes: where tensors in common memory begin, a cache line, and what such memory is a multiple of, a huge page of x86-64 and of most ARM64 systems.
 LINE, HUGE_PAGE = 64, 2**21
+#: Such memory by its address, as long as a tensor lies there.
+_regions: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
 
 #: Of glibc's malloc.h. The second can be 32 MiB at most: a tensor larger than that still comes from the system.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -36,22 +40,30 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_MMAP_THRESHOLD, 32 * 2**20) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def move_to_huge_pages(tensors: Iterable[Tensor]) -> bool:
-    """Moves tensors on the CPU side by side into memory that asks for pages of 2 MiB; returns whether the system takes such wishes (Linux does).
+def in_huge_pages(sizes: Sequence[int]) -> list[Tensor]:
+    """Writable uint8 tensors of so many bytes, on the CPU, side by side in memory that asks for pages of 2 MiB, where the system takes such wishes (Linux).
 
-    Decoding reads every weight once per token, and the processor reads ahead no further than a page: a tenth of the time (docs/experiments.md).
-    They move one at a time. Tensors that are not contiguous stay; those that share memory no longer do. Mutates the tensors' `data`.
+    For weights: decoding reads each of them once per token, and the processor reads ahead no further than a page (a tenth of the time;
+    docs/experiments.md).
     """
-    tensors = [t for t in tensors if t.device.type == "cpu" and t.is_contiguous() and t.numel()]
-    ends = [0]
-    for t in tensors:
-        ends.append(ends[-1] + -(-t.nbytes // LINE) * LINE)
+    ends = list(accumulate((-(-n // LINE) * LINE for n in sizes), initial=0))
+    whole = torch.empty(0, dtype=torch.uint8)
     try:
         memory = mmap.mmap(-1, -(-ends[-1] // HUGE_PAGE) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
-    except (AttributeError, OSError, ValueError) as error:  # other systems; a kernel without them; nothing to move
-        logger.info("memory: weights stay in small pages (%s)", error)
-        return False
-    for t, start in zip(tensors, ends, strict=False):
-        t.data = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=start).view(t.shape).copy_(t)
-    return True
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        _regions[whole.data_ptr()] = memory
+    except (AttributeError, OSError, ValueError) as error:  # other systems; a kernel without them; no bytes
+        logger.info("memory: weights lie in small pages (%s)", error)
+        whole = torch.empty(ends[-1], dtype=torch.uint8)
+    return [whole[start : start + n].detach() for start, n in zip(ends, sizes, strict=False)]  # to autograd no views
+
+
+def move_to_huge_pages(tensors: Iterable[Tensor]) -> None:
+    """Moves what is on the CPU and contiguous there, one tensor at a time, into memory of its own, unless all of it lies in such memory. Tensors that
+    share memory no longer do. Mutates the tensors' `data`."""
+    tensors = [t for t in tensors if t.device.type == "cpu" and t.is_contiguous()]
+    if all(t.untyped_storage().data_ptr() in _regions for t in tensors if t.numel()):
+        return
+    for t, place in zip(tensors, in_huge_pages([t.nbytes for t in tensors]), strict=True):
+        t.data = place.view(t.dtype).view(t.shape).copy_(t)

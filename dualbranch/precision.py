@@ -16,6 +16,7 @@ from torch import nn
 from dualbranch.block import Branch
 from dualbranch.dynamic import CALIBRATION_TEXT, DynamicFeedForward, smooth
 from dualbranch.layers import ScaledEmbedding
+from dualbranch.memory import move_to_huge_pages
 from dualbranch.model import DualBranchModel
 from dualbranch.packed import PackedEmbedding, PackedLinear
 
@@ -56,7 +57,9 @@ def quantize(model: DualBranchModel, precision: str, tok: TokenizerBase | None =
             raise ValueError(f"{DYNAMIC} reads a text to find large channels: quantize(model, {precision!r}, tokenizer)")
         n = min(model.config.max_seq_len, 512)
         smooth(model, dynamic, torch.tensor([[tok.bos_id, *tok.encode(CALIBRATION_TEXT)][:n]], device=model.device))
-    return _replace_matrices(model, precision, keep_values=True)
+    _replace_matrices(model, precision, keep_values=True)
+    move_to_huge_pages([*model.parameters(), *model.buffers()])  # and nothing keeps the memory that a checkpoint was read into
+    return model
 
 
 def lay_out(model: DualBranchModel, precision: str) -> DualBranchModel:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 
 import safetensors.torch
@@ -13,25 +14,31 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dualbranch.memory import in_huge_pages
 from dualbranch.storage import MAX_JSON, CheckpointError, parse_json
 from dualbranch.whole_file import whole_file
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """What weights may be saved as."""
-_ITEM_SIZES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
-    **dict.fromkeys(("I32", "U32", "F32"), 4),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
+_STORED = {
+    **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    **{"I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I32": torch.int32, "U32": torch.uint32, "F32": torch.float32},
+    **{"I64": torch.int64, "U64": torch.uint64, "F64": torch.float64, "C64": torch.complex64},
 }
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a safetensors header."""
+    """One tensor of a safetensors header; `begin`: where its bytes begin in the file."""
 
     dtype: str
     shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * _STORED[self.dtype].itemsize
 
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -55,12 +62,29 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadat
 
 
 def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU. Raises CheckpointError if its header doesn't fit its size."""
-    read_header(Path(path))
+    """The tensors of a safetensors file, on the CPU, in memory of their own: the file may change afterwards. Raises CheckpointError if its header doesn't
+    fit its size."""
+    entries = read_header(Path(path))
+    places = in_huge_pages([entry.n_bytes for entry in entries.values()])
+    tensors = {}
     try:
-        return safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as error:
+        with open(path, "rb", buffering=0) as file:
+            for (name, entry), place in zip(entries.items(), places, strict=True):
+                file.seek(entry.begin)
+                _read_into(file, memoryview(place.numpy()))
+                tensors[name] = place.view(_STORED[entry.dtype]).view(entry.shape)
+    except OSError as error:
         raise CheckpointError(f"{path}: can't be read ({error}); copy or save it again") from error
+    return tensors
+
+
+def _read_into(file: RawIOBase, place: memoryview) -> None:
+    """As many bytes as `place` has. Raises OSError where there are fewer."""
+    while len(place):
+        n = file.readinto(place)
+        if not n:
+            raise OSError("it ends early")
+        place = place[n:]
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -83,7 +107,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     spans, entries = [], {}
     for name, entry in header.items():
         try:
-            shape, (begin, end), item = tuple(entry["shape"]), entry["data_offsets"], _ITEM_SIZES[entry["dtype"]]
+            shape, (begin, end), item = tuple(entry["shape"]), entry["data_offsets"], _STORED[entry["dtype"]].itemsize
             if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in (*shape, begin, end)):
                 raise ValueError("negative size")
         except (KeyError, TypeError, ValueError) as error:
@@ -94,7 +118,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 f" {math.prod(shape) * item}; save it again"
             )
         spans.append((begin, end))
-        entries[name] = TensorEntry(entry["dtype"], shape)
+        entries[name] = TensorEntry(entry["dtype"], shape, 8 + length + begin)
     reached = 0
     for begin, end in sorted(spans):
         if begin != reached:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from public_models import write_gguf
 
+from dualbranch import tensor_file
 from dualbranch.checkpoint import CHECKPOINT_FILES, load, load_checkpoint, newest_run, read_manifest, save_checkpoint
 from dualbranch.config import DualBranchConfig
 from dualbranch.gate import Calibration
@@ -488,10 +489,13 @@ def test_numbers_of_another_kind_are_named(saved, model):
     assert "tensor norm.weight holds I32, needed F16 or BF16 or F32" in refused(saved)
 
 
-def test_what_safetensors_itself_refuses_is_a_checkpoint_error(tmp_path):
+def test_a_file_that_shrinks_while_it_is_read_is_a_checkpoint_error(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
-    path.write_bytes(raw_safetensors({"__metadata__": {"a": 1}, "a": F32}, bytes(4)))
-    with pytest.raises(CheckpointError, match=r"x\.safetensors: can't be read"):
+    path.write_bytes(raw_safetensors({"a": F32}, bytes(4)))
+    entries = tensor_file.read_header(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(tensor_file, "read_header", lambda path: entries)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: can't be read \(it ends early\)"):
         load_tensors(path)
 
 

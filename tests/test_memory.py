@@ -42,26 +42,37 @@ def test_a_library_without_mallopt_changes_nothing(monkeypatch):
 
 def test_tensors_move_to_huge_pages_as_they_are():
     plain, half, whole = torch.randn(1000, 700), torch.randn(3, 5).bfloat16(), torch.arange(77)
-    across, empty, tied = torch.randn(4, 6).T, torch.zeros(0, 3), torch.nn.Linear(3, 2)
-    tensors = [plain, half, whole, across, empty, *tied.parameters()]
+    across, empty, linear = torch.randn(4, 6).T, torch.zeros(0, 3), torch.nn.Linear(3, 2)
+    tensors = [plain, half, whole, across, empty, *linear.parameters()]
     before, places = [t.clone() for t in tensors], [t.data_ptr() for t in tensors]
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        pytest.skip("this system has no huge pages to ask for")
-    assert memory.move_to_huge_pages(tensors)
+    memory.move_to_huge_pages(tensors)
     for t, old in zip(tensors, before, strict=True):
         assert t.dtype == old.dtype and t.stride() == old.stride() and torch.equal(t, old)
     moved = [t.data_ptr() != place for t, place in zip(tensors, places, strict=True)]
-    assert moved == [True, True, True, False, False, True, True]
+    assert moved[:4] == [True, True, True, False] and moved[5:] == [True, True]
     assert half.data_ptr() == plain.data_ptr() + -(-plain.nbytes // memory.LINE) * memory.LINE
     half.zero_()
     assert torch.equal(plain, before[0]) and torch.equal(whole, before[2])
-    tied(torch.ones(3)).sum().backward()
-    assert tied.weight.grad is not None
+    linear(torch.ones(3)).sum().backward()
+    assert linear.weight.grad is not None
 
 
-def test_where_no_huge_pages_can_be_asked_for_tensors_stay(monkeypatch):
-    x = torch.ones(3)
-    place = x.data_ptr()
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages to ask for")
+def test_what_lies_in_huge_pages_stays_unless_something_joins_it_and_goes_with_the_last_tensor():
+    first, second = (place.view(torch.float32) for place in memory.in_huge_pages([400, 80]))
+    region, place = first.untyped_storage().data_ptr(), first.data_ptr()
+    memory.move_to_huge_pages([first, second])
+    assert first.data_ptr() == place and region in memory._regions
+    first.fill_(3)
+    memory.move_to_huge_pages([first, second, torch.ones(5)])
+    assert first.data_ptr() != place and bool((first == 3).all())
+    assert region not in memory._regions
+
+
+def test_without_huge_pages_there_is_memory_all_the_same(monkeypatch):
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    assert not memory.move_to_huge_pages([x]) and x.data_ptr() == place
-    assert not memory.move_to_huge_pages([])
+    x, y = torch.ones(3), torch.arange(5)
+    memory.move_to_huge_pages([x, y])
+    assert x.tolist() == [1, 1, 1] and y.tolist() == [0, 1, 2, 3, 4]
+    assert memory.in_huge_pages([]) == [] and [t.numel() for t in memory.in_huge_pages([0, 3])] == [0, 3]
+    memory.move_to_huge_pages([])
