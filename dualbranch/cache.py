@@ -6,6 +6,7 @@ A forward pass asks for a `writer` once, then calls `writer.layer(i)` for each b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dualbranch.config import DualBranchConfig
+from dualbranch.memory import in_huge_pages
 
 
 class CacheFull(ValueError):
@@ -52,7 +54,11 @@ class KVCache:
         block = config.sparse.block_size
         self.config, self.capacity = config, -(-capacity // block) * block
         shape = (n_rows, config.n_kv_heads, self.capacity, config.head_dim)
-        self._take([tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv") for _ in range(config.n_layers)])
+        if torch.device(device).type == "cpu":
+            tensors = [t.view(dtype).view(shape) for t in in_huge_pages([math.prod(shape) * dtype.itemsize] * (2 * config.n_layers))]
+        else:
+            tensors = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * config.n_layers)]
+        self._take(list(zip(tensors[::2], tensors[1::2], strict=True)))
         pooled_shape = (n_rows, self.capacity // block, config.n_kv_heads, config.head_dim)
         self.pooled = {i: torch.zeros(pooled_shape, device=device) for i in config.dual_layers if i not in config.sliding_layers}
         self.n_cached = torch.zeros(n_rows, dtype=torch.int64)

@@ -41,21 +41,21 @@ def keep_freed_memory() -> bool:
 
 
 def in_huge_pages(sizes: Sequence[int]) -> list[Tensor]:
-    """Writable uint8 tensors of so many bytes, on the CPU, side by side in memory that asks for pages of 2 MiB, where the system takes such wishes (Linux).
+    """Writable uint8 tensors of so many bytes, all zero, on the CPU, side by side in memory that asks for pages of 2 MiB, where the system takes such
+    wishes (Linux).
 
-    For weights: decoding reads each of them once per token, and the processor reads ahead no further than a page (a tenth of the time;
-    docs/experiments.md).
+    For what a decoded token reads all of, weights and cache: the processor reads ahead no further than a page, and has to look up each of them. A
+    tenth of the time of decoding behind few tokens, a quarter behind 8,160 (docs/experiments.md).
     """
     ends = list(accumulate((-(-n // LINE) * LINE for n in sizes), initial=0))
-    whole = torch.empty(0, dtype=torch.uint8)
     try:
         memory = mmap.mmap(-1, -(-ends[-1] // HUGE_PAGE) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         _regions[whole.data_ptr()] = memory
     except (AttributeError, OSError, ValueError) as error:  # other systems; a kernel without them; no bytes
-        logger.info("memory: weights lie in small pages (%s)", error)
-        whole = torch.empty(ends[-1], dtype=torch.uint8)
+        logger.info("memory: small pages (%s)", error)
+        whole = torch.zeros(ends[-1], dtype=torch.uint8)
     return [whole[start : start + n].detach() for start, n in zip(ends, sizes, strict=False)]  # to autograd no views
 
 
