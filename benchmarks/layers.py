@@ -21,6 +21,7 @@ from dualbranch.cache import KVCache
 from dualbranch.compiled import build, load_steps
 from dualbranch.config import DualBranchConfig
 from dualbranch.measure import about, spread
+from dualbranch.memory import keep_freed_memory, move_to_huge_pages
 from dualbranch.model import DualBranchModel
 from dualbranch.precision import parse_precision, quantize
 from dualbranch.runner import BlockStep, plain_steps, step_name
@@ -98,6 +99,8 @@ def main(argv: list[str] | None = None, config: DualBranchConfig = SMOLLM2) -> d
         model.init_weights(0)
         if precision != "fp32":
             quantize(model, precision)
+        move_to_huge_pages([*model.parameters(), *model.buffers()])  # as `compile_decode` does, and as `infer.py` the next
+        keep_freed_memory()
         build(model, console.print)
         steps, plain = load_steps(model), plain_steps(model)
         cache = model.new_cache(1, max(args.contexts) + 1)
