@@ -47,7 +47,9 @@ class Pass:
         ]
         n_keys = n_cached + 1
         if self.name.endswith("sparse"):  # means of blocks, in fp32, are read too
-            n_keys = c.sparse.window + c.sparse.n_sinks + c.sparse.n_selected_blocks * c.sparse.block_size + n_cached // c.sparse.block_size
+            spec = c.sparse
+            n_blocks = -(-spec.n_sinks // spec.block_size) + (spec.window + spec.block_size - 2) // spec.block_size + 1 + spec.n_selected_blocks
+            n_keys = n_blocks * spec.block_size + n_cached // spec.block_size
         weights = sum(t.numel() * t.element_size() for t in self.layers[0][0].values())
         self.bytes = weights + 2 * n_keys * c.n_kv_heads * c.head_dim * cache.k[0].element_size()
 

@@ -20,7 +20,7 @@ import torch
 
 from dualbranch import storage
 from dualbranch.storage import PICKLE_SUFFIXES, CheckpointError, read_schema, read_verified, remove, sync_folder, verify, write_manifest, write_text
-from dualbranch.tensor_file import DTYPES, check_tensors, load_tensors, read_header, save_tensors
+from dualbranch.tensor_file import DTYPES, check_tensors, load_weights, read_header, save_tensors
 from dualbranch.tokenizer import Tokenizer, TokenizerBase
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def _load_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | 
     except ValueError as error:
         raise CheckpointError(f"{folder}: the manifest's {error}") from error
     check_tensors(path, header, model.state_dict())
-    weights = load_tensors(path)
+    weights = load_weights(path)
     stored = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.float32)
     model.load_state_dict(weights, assign=True)
     model.to(device=device, dtype=dtype or stored)

@@ -142,7 +142,7 @@ def build(model: DualBranchModel, note: Callable[[str], None] = lambda text: Non
 
 def merge_repeated(program: torch.export.ExportedProgram) -> None:
     """Computes once what the program computes several times: what products with the same tokens prepare, say. The compiler would not, and then makes
-    a loop of its own for each product; together they share one. Mutates the program, whose operators mutate nothing."""
+    a loop of its own for each product; together they share one. Mutates the program, whose operators mutate nothing and draw no random numbers."""
     first: dict[tuple, torch.fx.Node] = {}
     for node in list(program.graph.nodes):
         if node.op == "call_function":

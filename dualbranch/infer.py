@@ -21,7 +21,7 @@ import torch
 from dualbranch.conversation import Conversation
 from dualbranch.gate import check_budget
 from dualbranch.generate import Event, Generation, prompt_ids, stream
-from dualbranch.memory import keep_freed_memory
+from dualbranch.memory import keep_freed_memory, move_to_huge_pages
 from dualbranch.modes import MODES, ROUTES, THINKING, Mode, fitted, resolve
 from dualbranch.sampling import SamplingParams
 from kernels.backend import BACKENDS, set_backend
@@ -189,6 +189,7 @@ def prepare(loaded: LoadedModel, precision: str | None, compiled: bool) -> None:
         print("weights rounded to int8 (--precision fp32 keeps them)", file=sys.stderr)
     if precision is not None and precision != model.precision:
         quantize(model, precision, loaded.tokenizer)
+        move_to_huge_pages([*model.parameters(), *model.buffers()])  # and nothing keeps the memory that a checkpoint was read into
     if (compiled and model.device.type == "cuda") or (on_cpu and is_built(model, model.precision)):
         model.compile_decode()
     elif on_cpu and model.precision != "fp32":

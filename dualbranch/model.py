@@ -253,7 +253,8 @@ class DualBranchModel(nn.Module):
         """Decodes single rows with compiled code from now on, where it was built for such a model (`dualbranch compile`), or can be and `build` says so;
         on a GPU by CUDA graphs (graphs.py), which need no building.
 
-        Returns whether it does; where not, the log says why. It does so until the weights are moved or replaced (`to`, `load_state_dict`).
+        Returns whether it does; where not, the log says why. It does so until the weights are moved or replaced (`to`, `load_state_dict`). Compiled, the
+        weights move to memory of their own (`memory.move_to_huge_pages`).
         """
         from dualbranch import compiled
 

@@ -16,7 +16,6 @@ from torch import nn
 from dualbranch.block import Branch
 from dualbranch.dynamic import CALIBRATION_TEXT, DynamicFeedForward, smooth
 from dualbranch.layers import ScaledEmbedding
-from dualbranch.memory import move_to_huge_pages
 from dualbranch.model import DualBranchModel
 from dualbranch.packed import PackedEmbedding, PackedLinear
 
@@ -57,9 +56,7 @@ def quantize(model: DualBranchModel, precision: str, tok: TokenizerBase | None =
             raise ValueError(f"{DYNAMIC} reads a text to find large channels: quantize(model, {precision!r}, tokenizer)")
         n = min(model.config.max_seq_len, 512)
         smooth(model, dynamic, torch.tensor([[tok.bos_id, *tok.encode(CALIBRATION_TEXT)][:n]], device=model.device))
-    _replace_matrices(model, precision, keep_values=True)
-    move_to_huge_pages([*model.parameters(), *model.buffers()])  # and nothing keeps the memory that a checkpoint was read into
-    return model
+    return _replace_matrices(model, precision, keep_values=True)
 
 
 def lay_out(model: DualBranchModel, precision: str) -> DualBranchModel:

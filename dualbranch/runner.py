@@ -61,7 +61,6 @@ class NewestToken:
         return read(q, *(kept(x[0].unflatten(1, (-1, together))[head, blocks]) for x in (k, v)), seen)
 
 
-
 def read(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     """Softmax attention of `q (Hk, G, D)` over those of `k, v (Hk, P, J, D)`, P pieces of J keys each, with `seen (Hk or 1, P, J)`, at least one:
     `(1, Hk * G, D)`, fp32.

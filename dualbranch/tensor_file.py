@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import RawIOBase
+from io import BufferedReader
 from pathlib import Path
 
 import safetensors.torch
@@ -36,10 +36,6 @@ class TensorEntry:
     shape: tuple[int, ...]
     begin: int
 
-    @property
-    def n_bytes(self) -> int:
-        return math.prod(self.shape) * _STORED[self.dtype].itemsize
-
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write `tensors` as safetensors, whole or not at all. Makes the folder.
@@ -62,63 +58,69 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadat
 
 
 def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU, in memory of their own: the file may change afterwards. Raises CheckpointError if its header doesn't
-    fit its size."""
-    entries = read_header(Path(path))
-    places = in_huge_pages([entry.n_bytes for entry in entries.values()])
+    """The tensors of a safetensors file, on the CPU. Raises CheckpointError if its header doesn't fit its size."""
+    read_header(Path(path))
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: can't be read ({error}); copy or save it again") from error
+
+
+def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """As `load_tensors`, for the weights of a model: read into memory for tensors that every token reads (`memory.in_huge_pages`)."""
     tensors = {}
     try:
-        with open(path, "rb", buffering=0) as file:
-            for (name, entry), place in zip(entries.items(), places, strict=True):
+        with open(path, "rb") as file:
+            entries = _header_of(file, Path(path))
+            sizes = [math.prod(entry.shape) * _STORED[entry.dtype].itemsize for entry in entries.values()]
+            for (name, entry), place in zip(entries.items(), in_huge_pages(sizes), strict=True):
                 file.seek(entry.begin)
-                _read_into(file, memoryview(place.numpy()))
+                if file.readinto(memoryview(place.numpy())) < place.numel():
+                    raise OSError("it ends early")
                 tensors[name] = place.view(_STORED[entry.dtype]).view(entry.shape)
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read ({error}); copy or save it again") from error
     return tensors
 
 
-def _read_into(file: RawIOBase, place: memoryview) -> None:
-    """As many bytes as `place` has. Raises OSError where there are fewer."""
-    while len(place):
-        n = file.readinto(place)
-        if not n:
-            raise OSError("it ends early")
-        place = place[n:]
-
-
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Names, types and shapes in a safetensors file, after checking that they account for each of its bytes."""
     try:
-        size = path.stat().st_size
         with open(path, "rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or start[:4] == b"PK\x03\x04":
-                raise CheckpointError(f"{path}: this is a pickle file, which can run code; it isn't read, give safetensors")
-            if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_JSON):
-                raise CheckpointError(f"{path}: not a safetensors file, or truncated ({size} bytes); save it again")
-            header = parse_json(path, file.read(length))
+            return _header_of(file, path)
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read ({error.strerror})") from error
+
+
+def _header_of(file: BufferedReader, path: Path) -> dict[str, TensorEntry]:
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or start[:4] == b"PK\x03\x04":
+        raise CheckpointError(f"{path}: this is a pickle file, which can run code; it isn't read, give safetensors")
+    if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_JSON):
+        raise CheckpointError(f"{path}: not a safetensors file, or truncated ({size} bytes); save it again")
+    header = parse_json(path, file.read(length))
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its header isn't a table of tensors; save it again")
     header.pop("__metadata__", None)
     spans, entries = [], {}
     for name, entry in header.items():
         try:
-            shape, (begin, end), item = tuple(entry["shape"]), entry["data_offsets"], _STORED[entry["dtype"]].itemsize
-            if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in (*shape, begin, end)):
+            shape, (begin, end), item = entry["shape"], entry["data_offsets"], _STORED[entry["dtype"]].itemsize
+            if not isinstance(shape, list) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in (*shape, begin, end)):
                 raise ValueError("negative size")
+            if math.prod(max(n, 1) for n in shape) >= 2**63:  # of none, or of more than any tensor
+                raise ValueError("too large")
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: tensor {name} has a malformed header entry; save it again") from error
         if math.prod(shape) * item != end - begin:
             raise CheckpointError(
-                f"{path}: tensor {name} has {end - begin} bytes, shape {list(shape)} of {entry['dtype']} needs"
+                f"{path}: tensor {name} has {end - begin} bytes, shape {shape} of {entry['dtype']} needs"
                 f" {math.prod(shape) * item}; save it again"
             )
         spans.append((begin, end))
-        entries[name] = TensorEntry(entry["dtype"], shape, 8 + length + begin)
+        entries[name] = TensorEntry(entry["dtype"], tuple(shape), 8 + length + begin)
     reached = 0
     for begin, end in sorted(spans):
         if begin != reached:

@@ -489,14 +489,28 @@ def test_numbers_of_another_kind_are_named(saved, model):
     assert "tensor norm.weight holds I32, needed F16 or BF16 or F32" in refused(saved)
 
 
+def test_what_safetensors_itself_refuses_is_a_checkpoint_error(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(raw_safetensors({"__metadata__": {"a": 1}, "a": F32}, bytes(4)))
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: can't be read"):
+        load_tensors(path)
+
+
+@pytest.mark.parametrize("shape", [[0, 2**70], [2**40, 2**40, 0], {}, [0.0]])
+def test_a_malformed_shape_is_a_checkpoint_error(tmp_path, shape):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(raw_safetensors({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}, b""))
+    for read in (load_tensors, tensor_file.load_weights):
+        with pytest.raises(CheckpointError, match="tensor a has a malformed header entry"):
+            read(path)
+
+
 def test_a_file_that_shrinks_while_it_is_read_is_a_checkpoint_error(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
     path.write_bytes(raw_safetensors({"a": F32}, bytes(4)))
-    entries = tensor_file.read_header(path)
-    path.write_bytes(path.read_bytes()[:-1])
-    monkeypatch.setattr(tensor_file, "read_header", lambda path: entries)
+    monkeypatch.setattr(tensor_file, "in_huge_pages", lambda sizes: [torch.zeros(n + 1, dtype=torch.uint8) for n in sizes])
     with pytest.raises(CheckpointError, match=r"x\.safetensors: can't be read \(it ends early\)"):
-        load_tensors(path)
+        tensor_file.load_weights(path)
 
 
 # ---- names

@@ -1,13 +1,18 @@
 """The memory of freed tensors is used again."""
 
 import mmap
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_tiny_model, make_tiny_tokenizer
 
 from dualbranch import memory
+from dualbranch.checkpoint import LoadedModel, load, save_checkpoint
+from dualbranch.infer import prepare
 
 CODE = """
 import resource, torch
@@ -40,39 +45,89 @@ def test_a_library_without_mallopt_changes_nothing(monkeypatch):
     assert memory.keep_freed_memory() is False
 
 
+BIG = torch.arange(700_000)  # more than a huge page
+
+
+def asks_for_huge_pages(tensor):
+    """Whether the mapping that holds it does: `hg` among its flags."""
+    wanted = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            wanted = int(found[1], 16) <= tensor.data_ptr() < int(found[2], 16)
+        elif wanted and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    return False
+
+
+needs_huge_pages = pytest.mark.skipif(memory._huge_memory(memory.HUGE_PAGE) is None, reason="this system has no huge pages to ask for")
+
+
+@needs_huge_pages
 def test_tensors_move_to_huge_pages_as_they_are():
-    plain, half, whole = torch.randn(1000, 700), torch.randn(3, 5).bfloat16(), torch.arange(77)
+    plain, half, whole = torch.randn(1000, 700), torch.randn(3, 5).bfloat16(), BIG.clone()
     across, empty, linear = torch.randn(4, 6).T, torch.zeros(0, 3), torch.nn.Linear(3, 2)
     tensors = [plain, half, whole, across, empty, *linear.parameters()]
     before, places = [t.clone() for t in tensors], [t.data_ptr() for t in tensors]
-    memory.move_to_huge_pages(tensors)
+    with torch.inference_mode():
+        memory.move_to_huge_pages(tensors)
     for t, old in zip(tensors, before, strict=True):
         assert t.dtype == old.dtype and t.stride() == old.stride() and torch.equal(t, old)
     moved = [t.data_ptr() != place for t, place in zip(tensors, places, strict=True)]
-    assert moved[:4] == [True, True, True, False] and moved[5:] == [True, True]
+    assert moved == [True, True, True, False, False, True, True]
+    assert plain.data_ptr() % memory.HUGE_PAGE == 0 and asks_for_huge_pages(plain) and not asks_for_huge_pages(across)
     assert half.data_ptr() == plain.data_ptr() + -(-plain.nbytes // memory.LINE) * memory.LINE
     half.zero_()
     assert torch.equal(plain, before[0]) and torch.equal(whole, before[2])
+    assert plain._version == 0 and half.untyped_storage().nbytes() == half.nbytes
     linear(torch.ones(3)).sum().backward()
     assert linear.weight.grad is not None
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages to ask for")
+@needs_huge_pages
 def test_what_lies_in_huge_pages_stays_unless_something_joins_it_and_goes_with_the_last_tensor():
-    first, second = (place.view(torch.float32) for place in memory.in_huge_pages([400, 80]))
-    region, place = first.untyped_storage().data_ptr(), first.data_ptr()
-    memory.move_to_huge_pages([first, second])
-    assert first.data_ptr() == place and region in memory._regions
+    first, second, none = (place.view(torch.float32) for place in memory.in_huge_pages([memory.HUGE_PAGE, 80, 0]))
+    assert not first.any() and none.numel() == 0
+    places = [first.data_ptr(), second.data_ptr()]
+    memory.move_to_huge_pages([first, second, none])
+    assert [first.data_ptr(), second.data_ptr()] == places and all(place in memory._regions for place in places)
     first.fill_(3)
     memory.move_to_huge_pages([first, second, torch.ones(5)])
-    assert first.data_ptr() != place and bool((first == 3).all())
-    assert region not in memory._regions
+    assert first.data_ptr() != places[0] and bool((first == 3).all())
+    assert not any(place in memory._regions for place in places)
 
 
-def test_without_huge_pages_there_is_memory_all_the_same(monkeypatch):
-    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    x, y = torch.ones(3), torch.arange(5)
-    memory.move_to_huge_pages([x, y])
-    assert x.tolist() == [1, 1, 1] and y.tolist() == [0, 1, 2, 3, 4]
-    assert memory.in_huge_pages([]) == [] and [t.numel() for t in memory.in_huge_pages([0, 3])] == [0, 3]
+@pytest.mark.parametrize("broken", ["no such wish", "too little"])
+def test_without_huge_pages_everything_stays_where_it_is(monkeypatch, broken):
+    x = BIG.clone()
+    place = x.data_ptr()
+    if broken == "no such wish":
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+        assert [t.numel() for t in memory.in_huge_pages([0, 3 * memory.HUGE_PAGE])] == [0, 3 * memory.HUGE_PAGE]
+    else:
+        x = x[:10]
+    memory.move_to_huge_pages([x])
     memory.move_to_huge_pages([])
+    assert x.data_ptr() == place and torch.equal(x, BIG[: len(x)])
+    assert memory.in_huge_pages([]) == []
+
+
+@needs_huge_pages
+def test_weights_and_caches_lie_in_huge_pages(tmp_path):
+    model = make_tiny_model(400, d_model=128, d_ff=2048)
+    assert not asks_for_huge_pages(model.blocks[0].slow.ff.w_down.weight)
+    save_checkpoint(tmp_path / "m", model, make_tiny_tokenizer())
+    loaded = load(tmp_path / "m").model
+    weights = [*loaded.parameters()]
+    assert all(t.data_ptr() in memory._regions for t in weights) and asks_for_huge_pages(weights[0])
+    versions = [t._version for t in weights]
+    with torch.no_grad():
+        weights[0].add_(1)
+    assert [t._version for t in weights[1:]] == versions[1:]
+    cache = loaded.new_cache(4, 2000)
+    assert all(asks_for_huge_pages(t) for kv in cache.heads for t in kv)
+    tokens = torch.randint(10, 400, (4, 20))
+    loaded(tokens, "slow", cache=cache).logits.sum().backward()
+    assert weights[0].grad is not None
+    loaded = LoadedModel(load(tmp_path / "m").model, make_tiny_tokenizer())
+    prepare(loaded, "bf16", compiled=False)
+    assert loaded.model.blocks[0].slow.ff.w_down.matrix.words.data_ptr() in memory._regions
