@@ -24,7 +24,7 @@ from dualbranch.measure import about, spread
 from dualbranch.memory import keep_freed_memory, move_to_huge_pages
 from dualbranch.model import DualBranchModel
 from dualbranch.precision import parse_precision, quantize
-from dualbranch.runner import BlockStep, plain_steps, step_name
+from dualbranch.runner import BlockStep, plain_steps, sparse_blocks, step_name
 from kernels import SparseSpec
 
 SMOLLM2 = DualBranchConfig(
@@ -47,9 +47,9 @@ class Pass:
         ]
         n_keys = n_cached + 1
         if self.name.endswith("sparse"):  # means of blocks, in fp32, are read too
-            spec = c.sparse
-            n_blocks = -(-spec.n_sinks // spec.block_size) + (spec.window + spec.block_size - 2) // spec.block_size + 1 + spec.n_selected_blocks
-            n_keys = n_blocks * spec.block_size + n_cached // spec.block_size
+            pooled = cache.pooled[c.n_stem][:, : n_keys // c.sparse.block_size]
+            _, seen = sparse_blocks(torch.zeros(c.n_kv_heads, 1, c.head_dim), pooled, self.position, c.sparse)
+            n_keys = seen[0].numel() + pooled.shape[1]
         weights = sum(t.numel() * t.element_size() for t in self.layers[0][0].values())
         self.bytes = weights + 2 * n_keys * c.n_kv_heads * c.head_dim * cache.k[0].element_size()
 

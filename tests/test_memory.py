@@ -1,4 +1,4 @@
-"""The memory of freed tensors is used again."""
+"""The memory of freed tensors is used again; weights and caches lie in huge pages."""
 
 import mmap
 import re

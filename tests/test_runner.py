@@ -9,7 +9,7 @@ from conftest import make_tiny_model, make_tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualbranch import compiled
+from dualbranch import compiled, memory
 from dualbranch.cache import CacheFull
 from dualbranch.compiled import build, merge_repeated, steps_folder, unavailable
 from dualbranch.model import DualBranchModel
@@ -218,9 +218,20 @@ def test_compiled_in_fp32_it_computes_the_same(monkeypatch, tmp_path):
             if name.endswith("bias"):
                 parameter.normal_(generator=torch.Generator().manual_seed(2))
     expected = decode(model, tokens, 5, "slow")[0]
+    compiler, computed = torch._inductor.aoti_compile_and_package, []
+
+    def compile_and_look(program, **how):
+        computed.append([(node.target, node.args, node.kwargs) for node in program.graph.nodes if node.op == "call_function"])
+        return compiler(program, **how)
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_and_look)
     build(model)
+    assert computed and all(len({str(x) for x in operators}) == len(operators) for operators in computed), "nothing is computed twice"
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(memory, "HUGE_PAGE", 4096)  # so that this model fills one
     assert model.compile_decode(), "what is built needs no compiler"
+    if memory._huge_memory(1) is not None:
+        assert all(t.data_ptr() in memory._regions for t in model.parameters())
     for a, b in zip(decode(model, tokens, 5, "slow")[0], expected, strict=True):
         torch.testing.assert_close(a.logits, b.logits, rtol=1e-4, atol=1e-5)
     folder = steps_folder(model.config, model.precision)
