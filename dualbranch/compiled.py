@@ -168,6 +168,8 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
         return (many.int(), many.int(), scale, scales, scales.clone()), (vary, vary, of_rows, of_columns, of_columns)
     if isinstance(step, dynamic.From8Bit):
         return (many.int(), scale, scales), (vary, of_rows, of_columns)
+    if isinstance(step, packed.Normed):
+        return (torch.ones(40, c.d_model), torch.ones(c.d_model)), (vary, None)
     x = torch.zeros(1, c.d_model)
     if isinstance(step, runner.EndStep):
         weights = step.weights_of(step.how[0])

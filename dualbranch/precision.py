@@ -17,7 +17,7 @@ from dualbranch.block import Branch
 from dualbranch.dynamic import CALIBRATION_TEXT, DynamicFeedForward, smooth
 from dualbranch.layers import ScaledEmbedding
 from dualbranch.model import DualBranchModel
-from dualbranch.packed import PackedEmbedding, PackedLinear
+from dualbranch.packed import PackedEmbedding, PackedLinear, ProductNorm
 
 if TYPE_CHECKING:
     from dualbranch.tokenizer import TokenizerBase
@@ -75,6 +75,10 @@ def unpack_branches(model: DualBranchModel) -> DualBranchModel:
                 linear = nn.Linear(*reversed(weights["weight"].shape), packed.bias is not None, device="meta")
                 linear.load_state_dict(weights, assign=True)
                 setattr(module, name, linear)
+            elif isinstance(packed, ProductNorm):
+                norm = nn.RMSNorm(packed.normalized_shape, packed.eps, device="meta")
+                norm.load_state_dict(packed.state_dict(), assign=True)
+                setattr(module, name, norm)
     model.precision = "fp32"
     return model
 
@@ -95,6 +99,10 @@ def _replace_matrices(model: DualBranchModel, precision: str, keep_values: bool)
                 _pack_linears(module, bits[part], keep_values)
             if isinstance(module, Branch) and names[part] == DYNAMIC:
                 module.ff = DynamicFeedForward(module.ff)
+            elif isinstance(module, Branch) and bits[part] < 32:
+                module.ff_norm = ProductNorm(module.ff_norm)
+        if bits["slow"] < 32 and (block.fast is None or bits["fast"] < 32):
+            block.attn_norm = ProductNorm(block.attn_norm)
     if bits["head"] < 32:
         if model.head is not None:
             model.head = _packed_linear(model.head, bits["head"], keep_values)

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from dualbranch import dynamic
 from dualbranch.block import Block
 from dualbranch.cache import KVCache
-from dualbranch.packed import PackedMatrix, kept, logits_of, transposed
+from dualbranch.packed import Normed, PackedMatrix, ProductNorm, kept, logits_of, transposed
 from dualbranch.routing import Angles, Partition, goes_slow
 from kernels import SparseSpec, has_bf16_units
 
@@ -194,7 +194,7 @@ def unpack_name(bits: int, dtype: torch.dtype) -> str:
 
 def plain_steps(model: DualBranchModel) -> dict[str, nn.Module]:
     """Every step that running `model` may need, uncompiled: of its blocks by name, `embed`, `logits`, and `unpackB` of each packed width B,
-    where the CPU has units for bf16 also `unpackB-bf16`; of dynamic feed-forwards `unpack8-int8` and theirs."""
+    where the CPU has units for bf16 also `unpackB-bf16` and the norms before their products, `norm`; of dynamic feed-forwards `unpack8-int8` and theirs."""
     steps: dict[str, nn.Module] = {}
     for block in model.blocks:
         for slow in (True, False):
@@ -206,6 +206,8 @@ def plain_steps(model: DualBranchModel) -> dict[str, nn.Module]:
     for bits in sorted({m.bits for m in model.modules() if isinstance(m, PackedMatrix)}):
         for dtype in (torch.float32, torch.bfloat16)[: 1 + has_bf16_units(model.device)]:
             steps[unpack_name(bits, dtype)] = Unpack(bits, dtype)
+    if has_bf16_units(model.device) and any(isinstance(m, ProductNorm) for m in model.modules()):
+        steps["norm"] = Normed(model.config.norm_eps)
     if any(isinstance(m, dynamic.DynamicFeedForward) for m in model.modules()):
         steps |= {unpack_name(8, torch.int8): Unpack(8, torch.int8)} | dynamic.plain_steps(model.config.activation)
     return steps
@@ -222,7 +224,7 @@ class Layer(NamedTuple):
 
 class Runner:
     """Runs single tokens of single rows of `model`, on a CPU in fp32, through `steps`: those of `plain_steps`, or the same compiled. Mutates nothing
-    but that packed matrices unpack themselves by the steps given, and dynamic feed-forwards run theirs."""
+    but that packed matrices unpack themselves by the steps given, and norms before products and dynamic feed-forwards run theirs."""
 
     def __init__(self, model: DualBranchModel, steps: Mapping[str, Callable]) -> None:
         plain, c = plain_steps(model), model.config
@@ -235,6 +237,8 @@ class Runner:
                 module.unpack = partial(self._unpack, module.bits)
             elif isinstance(module, dynamic.DynamicFeedForward):
                 module.steps = {name: steps[name] for name in module.steps}
+            elif isinstance(module, ProductNorm) and "norm" in steps:
+                module.step = steps["norm"]
         self.scratch = torch.zeros(1, -(-c.max_seq_len // c.sparse.block_size), c.n_kv_heads, c.head_dim)  # mean keys of layers that choose no blocks
 
     def _layer(self, block: Block, slow: bool) -> Layer:

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualbranch.checkpoint import load_checkpoint, save_checkpoint
-from dualbranch.packed import FEW, GROUP, PackedEmbedding, PackedLinear, PackedMatrix, multiply
-from dualbranch.precision import BITS, parse_precision, quantize
+from dualbranch.packed import FEW, GROUP, PackedEmbedding, PackedLinear, PackedMatrix, ProductNorm, multiply
+from dualbranch.precision import BITS, parse_precision, quantize, unpack_branches
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 100))
 
@@ -170,6 +170,27 @@ def test_many_tokens_are_multiplied_in_bf16_only_where_there_are_units_for_it(bi
     assert torch.equal(multiply(matrix, x[:FEW]), x[:FEW] @ matrix.transposed())
     monkeypatch.setattr("dualbranch.packed.has_bf16_units", lambda device: False)
     assert torch.equal(multiply(matrix, x), exact)
+
+
+def test_norms_before_packed_products_alone_give_what_those_multiply(monkeypatch):
+    x, weight = torch.randn(FEW + 1, 32, generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 1, 32)
+
+    def kinds(precision):
+        block = quantize(make_tiny_model(400), precision).blocks[1]
+        return [isinstance(norm, ProductNorm) for norm in (block.attn_norm, block.slow.ff_norm, block.fast.ff_norm)]
+
+    assert [kinds(p) for p in ("int8", "slow=int8", "fast=int4", "head=int8")] == [[True] * 3, [False, True, False], [False, False, True], [False] * 3]
+    model = quantize(make_tiny_model(400), "slow=int4,fast=int8")
+    norm = model.blocks[1].attn_norm
+    norm.weight.copy_(weight)
+    plain = torch.nn.RMSNorm(32, norm.eps)
+    plain.load_state_dict(norm.state_dict())
+    monkeypatch.setattr("dualbranch.packed.has_bf16_units", lambda device: True)
+    assert torch.equal(norm(x), plain(x).bfloat16()) and torch.equal(norm(x[:FEW]), plain(x[:FEW]))
+    monkeypatch.setattr("dualbranch.packed.has_bf16_units", lambda device: False)
+    assert torch.equal(norm(x), plain(x))
+    unpack_branches(model)
+    assert not any(isinstance(m, ProductNorm) for m in model.modules()) and torch.equal(model.blocks[1].attn_norm.weight, weight)
 
 
 def test_the_cache_is_exact_where_the_weights_of_keys_and_values_are():

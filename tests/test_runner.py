@@ -196,9 +196,9 @@ def test_compiled_and_quantized_it_computes_the_same(monkeypatch, tmp_path):
     model = quantize(make_tiny_model(tok.vocab_size), "int8-dynamic", tok)
     routes = {"slow": {}, "fast": {}, "auto": {"budget": 0.5}}
     expected = {route: decode(model, tokens, 5, route, **how)[0] for route, how in routes.items()}
-    names, n = [], 10 + has_bf16_units(model.device)
+    names, n = [], 10 + 2 * has_bf16_units(model.device)
     build(model, names.append)
-    assert len(names) == len(plain_steps(model)) == n  # slow, fast, fast-sparse, embed, logits, unpacking to each dtype, what stands between 8-bit products
+    assert len(names) == len(plain_steps(model)) == n  # slow, fast, fast-sparse, embed, logits, unpacking to each dtype, norms, between 8-bit products
     build(model, names.append)
     assert len(names) == n, "what is built is built again"
     assert model.compile_decode()
