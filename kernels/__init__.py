@@ -1,6 +1,6 @@
 """Attention ops of dualbranch: what each op computes, and how it is computed fast.
 
-`reference.py` is the definition, `ops.py` the public surface (checks, dispatch), `blockwise.py` the fast plain-PyTorch
+`reference.py` is the definition, `ops.py` the public surface (checks, dispatch), `blockwise/` the fast plain-PyTorch
 implementation, `*_triton.py` the GPU kernels, `backend.py` the choice between them. Importing this package has no side
 effects and never imports Triton. `__version__` stays below 1: `transformers` probes for another package of this name and must not take ours for it.
 """

@@ -1,7 +1,7 @@
 """Which implementation runs: `auto`, `reference` or `triton`. Called by `ops.py` on every op; imports nothing heavy.
 
 `auto` takes Triton where it runs compiled (CUDA tensors, compute capability 8.0 or newer, a shape and dtype that the kernels know) and
-plain PyTorch (`blockwise.py`) everywhere else; each choice is logged once, with its reason. `triton` never falls back: it raises.
+plain PyTorch (`blockwise/`) everywhere else; each choice is logged once, with its reason. `triton` never falls back: it raises.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def test_dense_matches_reference_in_values_and_gradients(data):
 
 
 def test_dense_in_chunks_of_queries_matches_reference(monkeypatch):
-    monkeypatch.setattr("kernels.blockwise.MASK_ELEMENTS", 64 * 200)
+    monkeypatch.setattr("kernels.blockwise.dense.MASK_ELEMENTS", 64 * 200)
     q, k, v = make(2, 200, 200, 4, 2, 8)
     pos = torch.stack([torch.randperm(200), torch.arange(200).masked_fill(torch.arange(200) > 50, -1)])
     plan = AttentionPlan(pos, 200)
@@ -71,7 +71,7 @@ def test_dense_in_chunks_of_queries_matches_reference(monkeypatch):
 
 
 def test_dense_over_packed_documents_in_chunks_matches_reference_in_values_and_gradients():
-    T = 2 * kernels.blockwise.DOCUMENT_QUERIES + 17
+    T = 2 * kernels.blockwise.dense.DOCUMENT_QUERIES + 17
     q, k, v = make(2, T, T, 4, 2, 16)
     starts = torch.tensor([[0, 48, 160, 240], [0, 16, 144, 288]])  # of four documents in each row
     doc_start = torch.stack([s[torch.searchsorted(s, torch.arange(T), right=True) - 1] for s in starts])
@@ -188,7 +188,7 @@ def test_import_kernels_does_not_import_triton():
 @pytest.mark.parametrize("where", ["prefix", "run", "scattered"])
 @pytest.mark.parametrize("by_sdpa", [False, True])
 def test_rising_queries_in_bf16_are_as_near_to_exact_as_rounding_lets_them(monkeypatch, T, H, Hk, where, by_sdpa):
-    monkeypatch.setattr(blockwise, "_has_bf16_sdpa", lambda: by_sdpa)
+    monkeypatch.setattr("kernels.blockwise.dense.has_bf16_sdpa", lambda: by_sdpa)
     generator = torch.Generator().manual_seed(T)
     at = {"prefix": torch.arange(T), "run": torch.arange(70, 70 + T), "scattered": torch.randperm(3 * T, generator=generator)[:T].sort().values}[where]
     S, positions = int(at[-1]) + 1, at.expand(2, T)
@@ -196,8 +196,8 @@ def test_rising_queries_in_bf16_are_as_near_to_exact_as_rounding_lets_them(monke
     k[:, S:], v[:, S:] = float("nan"), float("nan")  # what no query sees may hold anything
     exact = dense_attention(q.float(), k[:, :S].float(), v[:, :S].float(), AttentionPlan(positions, S))
     calls = []
-    by_hand = blockwise._rising_in_bf16
-    monkeypatch.setattr(blockwise, "_rising_in_bf16", lambda *args: calls.append(1) or by_hand(*args))
+    by_hand = blockwise.dense.rising_in_bf16
+    monkeypatch.setattr(blockwise.dense, "rising_in_bf16", lambda *args: calls.append(1) or by_hand(*args))
     found = dense_attention(q, k, v, AttentionPlan(positions, S + 5))
     assert found.dtype == torch.bfloat16 and len(calls) == (T > 1)
     torch.testing.assert_close(found.float(), exact, atol=2e-2, rtol=2e-2)

@@ -65,7 +65,7 @@ def test_a_sliding_rule_reads_the_window_and_nothing_else(masked, data):
     plan, spec = AttentionPlan(pos, S, start), SparseSpec.sliding(window, block)
     q, k, v = (torch.randn(B, n, h, 8, generator=g, requires_grad=data.draw(st.booleans())) for n, h in ((T, H), (S, Hk), (S, Hk)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kernels.blockwise.MASKED_ELEMENTS", 1 << 30 if masked else 0)  # else rows of more than 16 queries go by row
+        patch.setattr("kernels.blockwise.sparse.MASKED_ELEMENTS", 1 << 30 if masked else 0)  # else rows of more than 16 queries go by row
         out = sparse_attention(q, k, v, plan, spec)
     expected = window_attention(q, k, v, plan, window)
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=2e-5)

@@ -17,23 +17,23 @@ def whole(S, B=1):
     return AttentionPlan(torch.arange(S).expand(B, -1), S)
 
 
-WAYS = {"masked": (1 << 40, 0), "trimmed": (0, 1 << 40), "turned round": (0, 0), "both": (0, 1)}  # MASKED_ELEMENTS, MASKED_RATIO
+WAYS = {"masked": (1 << 40, 0), "shared": (0, 1 << 40), "turned round": (0, 0), "both": (0, 1)}  # MASKED_ELEMENTS, SHARED_RATIO
 
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """Every way of more than a few queries, whatever the size of the test."""
     set_way(monkeypatch, request.param)
-    monkeypatch.setattr("kernels.blockwise.CHUNK_QUERIES", 32)  # several chunks
-    monkeypatch.setattr("kernels.blockwise.BAND_QUERIES", 16)
-    monkeypatch.setattr("kernels.blockwise.SELECT_QUERIES", 16)
+    monkeypatch.setattr("kernels.blockwise.by_row.CHUNK_QUERIES", 32)  # several chunks
+    monkeypatch.setattr("kernels.blockwise.turned.BAND_QUERIES", 16)
+    monkeypatch.setattr("kernels.blockwise.by_row.SELECT_QUERIES", 16)
     return request.param
 
 
 def set_way(monkeypatch, name):
-    monkeypatch.setattr("kernels.blockwise.MASKED_ELEMENTS", WAYS[name][0])
-    monkeypatch.setattr("kernels.blockwise.MASKED_RATIO", WAYS[name][1])
-    monkeypatch.setattr("kernels.blockwise.MASKED_QUERIES", 32)
+    monkeypatch.setattr("kernels.blockwise.sparse.MASKED_ELEMENTS", WAYS[name][0])
+    monkeypatch.setattr("kernels.blockwise.by_row.SHARED_RATIO", WAYS[name][1])
+    monkeypatch.setattr("kernels.blockwise.by_row.TILE_QUERIES", 32)
 
 
 def keys_by_loops(q, k, plan, spec):
@@ -269,6 +269,34 @@ def test_queries_below_dense_len_are_bit_equal_to_dense():
     assert torch.equal(sparse_attention(q, k, v, whole(24), SPEC), dense_attention(q, k, v, whole(24)))
 
 
+def test_nothing_before_and_behind_documents_is_read(way):
+    """Two documents in one row; keys before the first and behind the second are NaN."""
+    first, second = torch.arange(8, 45), torch.arange(56, 86)
+    plan = AttentionPlan(torch.cat([first, second])[None], 90, torch.cat([first * 0 + 8, second * 0 + 56])[None])
+    q, k, v = make(1, len(first) + len(second), 90, 4, 2, 8)
+    unseen = (torch.arange(90) < 8) | (torch.arange(90) > 85)
+    for spec in (SPEC, SparseSpec(8, 2, 30, 3, 0)):  # the second: sparse queries whose window is longer than their document
+        expected = reference.sparse_attention(q, k, v, plan, spec)
+        poisoned = (x.masked_fill(unseen[:, None, None], NAN) for x in (k, v))
+        assert_same(sparse_attention(q, *poisoned, plan, spec, pool_keys(k, 8)), expected)
+
+
+def test_tiles_are_shared_where_neighbours_choose_alike(monkeypatch):
+    calls = []
+    for name in ("_read_shared", "read_turned"):
+        read = getattr(blockwise.by_row, name)
+        monkeypatch.setattr(blockwise.by_row, name, lambda *args, name=name, read=read: calls.append(name) or read(*args))
+    spec, plan = SparseSpec(8, 3, 16, 0, 200), whole(1024)
+    monkeypatch.setattr("kernels.blockwise.by_row.SHARED_RATIO", 5)
+    for alike, expected in ((True, "_read_shared"), (False, "read_turned")):
+        q, k, v = make(1, 1024, 1024, 2, 1, 8)
+        if alike:
+            q[:], k[:, 32:56] = 1.0, 3.0
+        assert_same(sparse_attention(q, k, v, plan, spec), reference.sparse_attention(q, k, v, plan, spec))
+        assert set(calls) == {expected}
+        calls.clear()
+
+
 def test_bf16_stays_close_to_fp32(way):
     q, k, v = make(1, 90, 90, 4, 2, 8, dtype=torch.bfloat16)
     out = sparse_attention(q, k, v, whole(90), SPEC)
@@ -280,9 +308,9 @@ def test_bf16_stays_close_to_fp32(way):
 @pytest.mark.parametrize(("H", "Hk"), [(4, 2), (3, 1), (9, 3)])
 def test_products_in_bf16_stay_close_to_fp32(monkeypatch, ratio, H, Hk):
     """Where a CPU has units for bf16: packed documents, padding, and a prompt behind what is cached; none of it masked is read."""
-    monkeypatch.setattr("kernels.blockwise.has_bf16_units", lambda device: True)
-    monkeypatch.setattr("kernels.blockwise.MASKED_RATIO_BF16", ratio)
-    monkeypatch.setattr("kernels.blockwise.MASKED_QUERIES", 32)
+    monkeypatch.setattr("kernels.blockwise.common.has_bf16_units", lambda device: True)
+    monkeypatch.setattr("kernels.blockwise.by_row.SHARED_RATIO_BF16", ratio)
+    monkeypatch.setattr("kernels.blockwise.by_row.TILE_QUERIES", 32)
     t = torch.arange(90)
     plans = {
         "whole": whole(90, 2),
@@ -301,14 +329,14 @@ def test_products_in_bf16_stay_close_to_fp32(monkeypatch, ratio, H, Hk):
 
 @pytest.mark.parametrize("heads_together", [True, False])
 @pytest.mark.parametrize(("H", "Hk"), [(4, 2), (3, 1), (9, 3), (4, 4)])
-@pytest.mark.parametrize("positions", [[[85]], [[3]], [[84, 85]], [[85], [40]], [[85, -1], [40, 41]]])
+@pytest.mark.parametrize("positions", [[[85]], [[3]], [[84, 85]], [[85], [40]], [[-1], [85]], [[85, -1], [40, 41]]])
 def test_few_queries_in_bf16_read_a_cache_as_nearly_as_rounding_lets_them(monkeypatch, positions, H, Hk, heads_together):
     """Decode where a CPU has units for bf16: one row and several, sparse and dense queries, padding; what no query sees may hold anything."""
-    monkeypatch.setattr("kernels.blockwise.has_bf16_units", lambda device: True)
+    monkeypatch.setattr("kernels.blockwise.common.has_bf16_units", lambda device: True)
     calls = []
-    for name in ("_copied", "_one_query_in_bf16"):
-        by_hand = getattr(blockwise, name)
-        monkeypatch.setattr(blockwise, name, lambda *args, name=name, by_hand=by_hand: calls.append(name) or by_hand(*args))
+    for module, name in ((blockwise.by_index, "_copied"), (blockwise.dense, "_one_query_in_bf16")):
+        by_hand = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, name=name, by_hand=by_hand: calls.append(name) or by_hand(*args))
     q_pos = torch.tensor(positions)
     plan = AttentionPlan(q_pos, 90)
     q, k, v = make(len(q_pos), q_pos.shape[1], 90, H, Hk, 16, dtype=torch.bfloat16)
@@ -364,7 +392,7 @@ def test_prefill_of_8k_tokens_makes_no_tensor_of_queries_times_keys(with_grad):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_queries_that_share_a_position_are_no_prefix(monkeypatch, dtype):
-    monkeypatch.setattr(blockwise, "MASKED_ELEMENTS", 0)  # row by row
+    monkeypatch.setattr("kernels.blockwise.sparse.MASKED_ELEMENTS", 0)  # row by row
     generator = torch.Generator().manual_seed(0)
     positions = torch.cat([torch.tensor([0, 2, 2]), torch.arange(3, 60)])[None]  # as many dense ones as the last of them stands far
     spec = SparseSpec(block_size=4, n_selected_blocks=2, window=8, n_sinks=2, dense_len=40)
