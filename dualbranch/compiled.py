@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 #: For steps that return nothing: what they need in between lies on the stack, which saves a fifth of the time of a small layer. (What a step returned
 #: would lie there too, and be overwritten by the next call: PyTorch 2.13 leaves that to the caller.)
 ON_THE_STACK = {"aot_inductor.allow_stack_allocation": True}
+#: For steps that choose blocks: topk is a call of PyTorch, for which nothing may lie on the stack. One allocation instead of 44.
+IN_ONE_PIECE = {"memory_planning": True}
 
 #: The code of the steps, with this module's; a change to any of them makes new libraries.
 SOURCES = (runner, packed, dynamic, block, layers, routing, config, spec)
@@ -131,7 +133,9 @@ def build(model: DualBranchModel, note: Callable[[str], None] = lambda text: Non
             program = program.run_decompositions({torch.ops.aten.linear.default: runner.linear_as_sums})
             merge_repeated(program)
             path = str(Path(temporary) / f"{name}.pt2")
-            options = COMPILE_OPTIONS | ON_THE_STACK if isinstance(step, runner.BlockStep) else COMPILE_OPTIONS
+            options = COMPILE_OPTIONS
+            if isinstance(step, runner.BlockStep):
+                options = options | (IN_ONE_PIECE if step.chooses else ON_THE_STACK)
             try:
                 torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
             except RuntimeError as error:  # all that torch raises for a compiler that fails

@@ -124,6 +124,7 @@ class BlockStep(nn.Module):
         super().__init__()
         self.how = (block,)  # in a tuple it is no submodule: its weights are not this module's
         self.slow, self.sparse, self.block_size = slow, sparse, block_size
+        self.chooses = sparse and (block.slow if slow else block.fast).reads.n_selected_blocks > 0
 
     def weights_of(self, block: Block) -> dict[str, Tensor]:
         """The tensors of `block` that this step needs."""
