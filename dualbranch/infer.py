@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="modes:\n  fast   fast branch for every token, no reasoning\n  think  slow branch for every token, reasoning first\n"
         "  auto   the gate decides per token, the model decides whether to reason",
     )
-    p.add_argument("--mode", default="auto", choices=list(MODES), help="preset of --route and --thinking (default: auto)")
+    p.add_argument("--mode", choices=list(MODES), help="preset of --route and --thinking (default: auto; of a fast branch alone fast)")
     what = "a run or checkpoint, a Hugging Face folder, a .gguf file, or the name of a public model (default: the newest run under runs/)"
     p.add_argument("--model", metavar="PATH_OR_NAME", help=what)
     p.add_argument("--accept-gemma-terms", action="store_true", help="accept https://ai.google.dev/gemma/terms, needed once to fetch gemma3-270m")
@@ -120,7 +120,7 @@ def one_line(error: Exception) -> str:
 def run(args: argparse.Namespace) -> int:
     """What `main` does, without its handling of errors."""
     params = SamplingParams(args.temperature, args.top_k, args.top_p, args.min_p, args.seed, args.max_tokens)
-    mode = resolve(args.mode, args.route, args.thinking, args.budget, args.thinking_budget)
+    mode = resolve(args.mode or "auto", args.route, args.thinking, args.budget, args.thinking_budget)
     text = args.prompt
     if text == "-" or (text is None and not sys.stdin.isatty()):
         text = sys.stdin.read()
@@ -134,6 +134,8 @@ def run(args: argparse.Namespace) -> int:
     loaded, name = load_model(args.model, args.device, args.accept_gemma_terms)
     prepare(loaded, args.precision, not args.no_compile)
     keep_freed_memory()
+    if args.mode is args.route is None and loaded.model.config.fast_only:
+        mode = resolve("fast", None, args.thinking, args.budget, args.thinking_budget)
     asked, mode = mode, fitted(mode, loaded.tokenizer, asked=args.thinking == "on")
     if loaded.model.config.is_dense and mode.route != "slow":
         what = f"mode {mode.name}" + ("" if mode.budget is None else f" with budget {mode.budget}")

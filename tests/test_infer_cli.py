@@ -147,6 +147,18 @@ def test_quantize_writes_a_smaller_checkpoint_that_infer_runs(cli, run_folder, t
     assert not (tmp_path / "b").exists()
 
 
+def test_a_fast_branch_alone_is_quantized_and_runs(cli, run_folder, tmp_path, capsys):
+    alone, small = str(tmp_path / "alone"), str(tmp_path / "small")
+    assert cli_main(["export", str(run_folder / "runs" / "little"), "--branch", "fast", "--out", alone]) == 0
+    assert cli_main(["quantize", alone, "--out", small]) == 0
+    assert "int8" in capsys.readouterr().out
+    for mode in ((), ("--mode", "fast")):
+        code, reply, err = cli(*ask("--model", small, *mode))
+        assert code == 0 and reply.strip()
+    code, reply, err = cli(*ask("--model", small, "--mode", "think"))
+    assert code == infer.USAGE_ERROR and "mode fast" in err and not reply.strip()
+
+
 def test_a_budget_moves_the_share_of_slow_tokens(cli):
     shares = [json.loads(cli(*ask("--json", "--thinking", "off", "--budget", b))[1])["slow_share"] for b in ("0", "0.3", "0.8", "1")]
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1 and 0 < shares[1] < shares[2] < 1

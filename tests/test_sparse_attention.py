@@ -287,7 +287,7 @@ def test_tiles_are_shared_where_neighbours_choose_alike(monkeypatch):
         read = getattr(blockwise.by_row, name)
         monkeypatch.setattr(blockwise.by_row, name, lambda *args, name=name, read=read: calls.append(name) or read(*args))
     spec, plan = SparseSpec(8, 3, 16, 0, 200), whole(1024)
-    monkeypatch.setattr("kernels.blockwise.by_row.SHARED_RATIO", 5)
+    monkeypatch.setattr("kernels.blockwise.by_row.SHARED_RATIO", 7)
     for alike, expected in ((True, "_read_shared"), (False, "read_turned")):
         q, k, v = make(1, 1024, 1024, 2, 1, 8)
         if alike:

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from dualbranch.accounting import total_params
     from dualbranch.precision import parse_precision, quantize
 
     out = new_folder(args.out)
@@ -24,6 +25,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("precision fp32 is what a model has; give bf16, int8, int8-dynamic or int4")
     found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms)
     save_checkpoint(out, quantize(found.model, args.precision, found.tokenizer), found.tokenizer, found.extra)
-    size, n_params = (out / "model.safetensors").stat().st_size, found.model.cost("slow").params
-    print(f"{out}: {args.precision}, {size / 1e6:,.1f} MB of weights; in fp32 they take {4e-6 * n_params:,.1f} MB")
+    size = (out / "model.safetensors").stat().st_size
+    print(f"{out}: {args.precision}, {size / 1e6:,.1f} MB of weights; in fp32 they take {4e-6 * total_params(found.model.config):,.1f} MB")
     return 0

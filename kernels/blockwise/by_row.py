@@ -18,6 +18,7 @@ from kernels.spec import AttentionPlan, SparseSpec
 SHARED_RATIO = 3  # in the by-row way, tiles beat turning round until they hold this many times the keys that a query reads
 SHARED_RATIO_BF16 = 8  # the same where the products of tiles are in bf16 and the others are not
 TILE_QUERIES = 128  # queries per tile there
+TILE_KEYS = 128  # a tile reads a multiple of so many keys: oneDNN keeps code for every shape of a product, 0.7 MB each
 FILLED = 0.75  # a tile that reads so much of what lies between its first and last block reads all of it, as a slice: that costs less than a copy
 FILLED_TRAINED = 0.5  # the same where gradients are wanted, which come through a copy as a sum by index
 SELECT_QUERIES = 512  # queries that choose blocks at once: their scores stay in the cache
@@ -212,8 +213,11 @@ def _share(block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec, limit: int,
     is_read = is_read[:, :N]
     for row, tile in zip(is_read, chunk.tiles, strict=True):
         row[tile.blocks] = True
+    n, first = torch.arange(N, device=ids.device), is_read.int().argmax(1, keepdim=True)
+    spare = ~is_read & (n > first) & (n <= torch.tensor([tile.last for tile in chunk.tiles], device=ids.device)[:, None])
+    is_read |= spare & (spare.cumsum(1) <= -is_read.sum(1, keepdim=True) % max(1, TILE_KEYS // spec.block_size))
     counts = is_read.sum(1).tolist()
-    for i, (first, tile) in enumerate(zip(is_read.int().argmax(1).tolist(), chunk.tiles, strict=True)):
+    for i, (first, tile) in enumerate(zip(first.flatten().tolist(), chunk.tiles, strict=True)):
         if counts[i] > filled * (tile.last - first):
             is_read[i, first : tile.last + 1], counts[i] = True, tile.last + 1 - first
     if sum(counts) * spec.block_size > limit * n_tiles and not (block_ids < 0).any():

@@ -10,7 +10,7 @@ from kernels.spec import AttentionPlan
 
 MASK_ELEMENTS = 1 << 22  # most (T x S) mask entries per row alive at once in a chunk of dense attention
 CACHED_MASK_ELEMENTS = 1 << 26  # masks of a plan are kept for the next layer up to this size
-RISING_QUERIES = 64  # queries per chunk of dense attention in bf16: their scores stay in the cache
+RISING_QUERIES = 128  # queries per chunk of dense attention in bf16: their scores stay in the cache
 RISING_QUERIES_SDPA = 512  # the same where SDPA computes them
 DOCUMENT_QUERIES = 144  # queries per chunk of dense attention over packed documents
 
