@@ -202,9 +202,10 @@ def _dense_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: _DenseChunk) -> Tensor:
 
 
 def _share(block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec, limit: int, filled: float) -> list[tuple[Tensor, Tensor]]:
-    """For each tile of the chunk the blocks (L,) that one of its queries reads, ascending, and which of them each query chose (n, M), L for none; from
-    block_ids (Tc, M). Where that is `filled` of the blocks from the first to the last, all of those. Empty if the tiles read more than `limit` keys on
-    average, unless some query chose fewer than M blocks."""
+    """For each tile of the chunk the blocks (L,) that it reads, ascending, and which of them each query chose (n, M), L for none; from block_ids (Tc, M).
+
+    Those are what one of its queries reads, and others between them that make up whole TILE_KEYS; where that is `filled` of all from the first to the
+    last, all of those. Empty if the tiles read more than `limit` keys on average, unless some query chose fewer than M blocks."""
     Tc, M = block_ids.shape
     N, n_tiles = chunk.highest // spec.block_size + 1, len(chunk.tiles)
     ids = block_ids.masked_fill(block_ids < 0, N)  # one more column takes what is not used
@@ -213,11 +214,11 @@ def _share(block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec, limit: int,
     is_read = is_read[:, :N]
     for row, tile in zip(is_read, chunk.tiles, strict=True):
         row[tile.blocks] = True
-    n, first = torch.arange(N, device=ids.device), is_read.int().argmax(1, keepdim=True)
-    spare = ~is_read & (n > first) & (n <= torch.tensor([tile.last for tile in chunk.tiles], device=ids.device)[:, None])
+    n, firsts = torch.arange(N, device=ids.device), is_read.int().argmax(1, keepdim=True)
+    spare = ~is_read & (n > firsts) & (n <= torch.tensor([tile.last for tile in chunk.tiles], device=ids.device)[:, None])
     is_read |= spare & (spare.cumsum(1) <= -is_read.sum(1, keepdim=True) % max(1, TILE_KEYS // spec.block_size))
     counts = is_read.sum(1).tolist()
-    for i, (first, tile) in enumerate(zip(first.flatten().tolist(), chunk.tiles, strict=True)):
+    for i, (first, tile) in enumerate(zip(firsts.flatten().tolist(), chunk.tiles, strict=True)):
         if counts[i] > filled * (tile.last - first):
             is_read[i, first : tile.last + 1], counts[i] = True, tile.last + 1 - first
     if sum(counts) * spec.block_size > limit * n_tiles and not (block_ids < 0).any():
