@@ -15,7 +15,7 @@ import torch
 from dualbranch.cache import KVCache
 from dualbranch.chat import render_prompt
 from dualbranch.generate import Event, Generation, PromptTooLong, stream
-from dualbranch.modes import Mode, resolve, token_rules
+from dualbranch.modes import Mode, default_mode, resolve, token_rules
 from dualbranch.sampling import GREEDY, SamplingParams
 
 if TYPE_CHECKING:
@@ -41,20 +41,20 @@ class Conversation:
         self.n_reused = self.n_prompt = 0
         self._cache: KVCache | None = None
 
-    def send(self, text: str, mode: Mode | str = "auto", params: SamplingParams = GREEDY) -> Generation:
+    def send(self, text: str, mode: Mode | str | None = None, params: SamplingParams = GREEDY) -> Generation:
         """The reply to `text`, which becomes part of the conversation."""
         *_, last = self.stream(text, mode, params)
         return last.generation
 
-    def stream(self, text: str, mode: Mode | str = "auto", params: SamplingParams = GREEDY) -> Iterator[Event]:
-        """Events of the reply to `text`, as `generate.stream` gives them.
+    def stream(self, text: str, mode: Mode | str | None = None, params: SamplingParams = GREEDY) -> Iterator[Event]:
+        """Events of the reply to `text`, as `generate.stream` gives them; `mode` as in `generate.generate`.
 
         Raises at once: ValueError for a blank text, PromptTooLong; the conversation is then as before. Close the iterator to stop
         a reply: what was generated so far stays, as a reply that was cut; if nothing was, the turn is forgotten.
         """
         if not text.strip():
             raise ValueError("the prompt is empty; write something to reply to")
-        mode = resolve(mode)
+        mode = resolve(default_mode(self.model.config.fast_only) if mode is None else mode)
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = render_prompt(self.tokenizer, messages)
         assert prompt[: len(self.ids)] == self.ids, "a turn must extend the turns before it"

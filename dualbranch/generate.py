@@ -22,7 +22,7 @@ from dualbranch.cache import KVCache
 from dualbranch.chat import Reply, render_prompt, split_reply
 from dualbranch.config import DualBranchConfig
 from dualbranch.model import DualBranchModel, ModelOutput
-from dualbranch.modes import Mode, Phase, ThinkingController, fitted, resolve, token_rules
+from dualbranch.modes import Mode, Phase, ThinkingController, default_mode, fitted, resolve, token_rules
 from dualbranch.sampling import GREEDY, SamplingParams, sample
 
 if TYPE_CHECKING:
@@ -455,7 +455,7 @@ def _events(model: DualBranchModel, tok: Tokenizer, pending: Pending, steps: Ite
 def generate(
     loaded: LoadedModel,
     prompt: str | Sequence[Mapping[str, Any]],
-    mode: Mode | str = "auto",
+    mode: Mode | str | None = None,
     *,
     route: str | None = None,
     thinking: str | None = None,
@@ -469,13 +469,14 @@ def generate(
         loaded = dualbranch.load("runs/small")
         print(dualbranch.generate(loaded, "What is 12 + 30?", mode="think").answer)
 
-    `mode` and the four knobs are those of `resolve`, `speculate` that of `stream`; `sampling` are the fields of `SamplingParams` (temperature,
-    top_k, top_p, min_p, seed, max_tokens). Raises ValueError for anything out of range, an empty prompt, and PromptTooLong.
+    `mode` (None: auto, of a fast branch alone fast) and the four knobs are those of `resolve`, `speculate` that of `stream`; `sampling` are the fields of
+    `SamplingParams` (temperature, top_k, top_p, min_p, seed, max_tokens). Raises ValueError for anything out of range, an empty prompt, and PromptTooLong.
     """
     unknown = sampling.keys() - SamplingParams.__dataclass_fields__.keys()
     if unknown:
         raise ValueError(f"unknown setting {min(unknown)!r}; sampling settings are {', '.join(SamplingParams.__dataclass_fields__)}")
     ids = prompt_ids(loaded.tokenizer, prompt)
+    mode = default_mode(loaded.model.config.fast_only) if mode is None else mode
     mode = fitted(resolve(mode, route, thinking, budget, thinking_budget), loaded.tokenizer, asked=thinking == "on")
     params = SamplingParams(**sampling)
     if speculate:

@@ -22,7 +22,7 @@ from dualbranch.conversation import Conversation
 from dualbranch.gate import check_budget
 from dualbranch.generate import Event, Generation, prompt_ids, stream
 from dualbranch.memory import keep_freed_memory, move_to_huge_pages
-from dualbranch.modes import MODES, ROUTES, THINKING, Mode, fitted, resolve
+from dualbranch.modes import MODES, ROUTES, THINKING, Mode, default_mode, fitted, resolve
 from dualbranch.sampling import SamplingParams
 from kernels.backend import BACKENDS, set_backend
 
@@ -134,8 +134,8 @@ def run(args: argparse.Namespace) -> int:
     loaded, name = load_model(args.model, args.device, args.accept_gemma_terms)
     prepare(loaded, args.precision, not args.no_compile)
     keep_freed_memory()
-    if args.mode is args.route is None and loaded.model.config.fast_only:
-        mode = resolve("fast", None, args.thinking, args.budget, args.thinking_budget)
+    if args.mode is args.route is None:
+        mode = resolve(default_mode(loaded.model.config.fast_only), None, args.thinking, args.budget, args.thinking_budget)
     asked, mode = mode, fitted(mode, loaded.tokenizer, asked=args.thinking == "on")
     if loaded.model.config.is_dense and mode.route != "slow":
         what = f"mode {mode.name}" + ("" if mode.budget is None else f" with budget {mode.budget}")

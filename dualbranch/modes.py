@@ -70,6 +70,11 @@ MODES = {
 }
 
 
+def default_mode(fast_only: bool) -> str:
+    """The preset of a model where none is asked for; `fast_only`: it has its fast branch alone."""
+    return "fast" if fast_only else "auto"
+
+
 def resolve(mode: str | Mode, route: str | None = None, thinking: str | None = None, budget: float | None = None, thinking_budget: int | None = None) -> Mode:
     """The preset `mode` with the knobs that are not None put in place of its own.
 

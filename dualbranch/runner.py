@@ -117,7 +117,8 @@ class BlockStep(nn.Module):
 
     Called with the layer's `weights` by name, `x (1, E)`, `cos, sin`, the layer's cache `k, v (1, Hk, C, D)` and mean keys `pooled (1, N, Hk, D)`,
     `blocks (n,)` whose length alone matters, that of the selection blocks begun, and `position (1,)` int64. Writes key, value, the mean key of
-    the selection block the token belongs to (meaningful once that is complete), and over `x` what the layer makes of it.
+    the selection block the token belongs to (meaningful once that is complete), and over `x` what the layer makes of it. `chooses`: whether it asks for
+    the best blocks.
     """
 
     def __init__(self, block: Block, slow: bool, sparse: bool, block_size: int) -> None:
@@ -239,7 +240,7 @@ class Runner:
             elif isinstance(module, dynamic.DynamicFeedForward):
                 module.steps = {name: steps[name] for name in module.steps}
             elif isinstance(module, ProductNorm) and "norm" in steps:
-                module.step = steps["norm"]
+                module.step = partial(steps["norm"])  # a plain step is a module, and would become a child of this one
         self.scratch = torch.zeros(1, -(-c.max_seq_len // c.sparse.block_size), c.n_kv_heads, c.head_dim)  # mean keys of layers that choose no blocks
 
     def _layer(self, block: Block, slow: bool) -> Layer:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,6 +187,33 @@ def test_what_a_program_computes_twice_is_computed_once():
     assert len(program.graph.nodes) == before - 2
     x = torch.randn(3)
     assert torch.equal(program.module()(x), Twice()(x))
+
+
+def test_plain_steps_of_norms_leave_the_model_movable(monkeypatch):
+    for module in ("packed", "runner"):
+        monkeypatch.setattr(f"dualbranch.{module}.has_bf16_units", lambda device: True)
+    model = quantize(make_tiny_model(400), "int8")
+    for _ in range(2):
+        steps = plain_steps(model)
+        model.runner = Runner(model, steps)
+        assert "norm" in steps and set(model.state_dict()) == set(quantize(make_tiny_model(400), "int8").state_dict())
+        model.to("cpu")
+
+
+@pytest.mark.skipif(unavailable(make_tiny_model(400)) is not None, reason="no C++ compiler")
+def test_steps_that_choose_blocks_take_one_allocation_and_the_others_the_stack(monkeypatch, tmp_path):
+    monkeypatch.setenv("DUALBRANCH_CACHE", str(tmp_path))
+    model, options = make_tiny_model(400, **DIALECTS["sliding layers"]), {}
+
+    def note(program, package_path, inductor_configs):
+        options[Path(package_path).stem] = inductor_configs
+        Path(package_path).touch()
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", note)
+    build(model)
+    assert {name for name, how in options.items() if "memory_planning" in how} == {"fast-sparse"}
+    assert {name for name, how in options.items() if "aot_inductor.allow_stack_allocation" in how} == set(options) - {"fast-sparse", "embed", "logits"}
+    assert "sliding-fast-sparse" in options
 
 
 def test_compiled_and_quantized_it_computes_the_same(monkeypatch, tmp_path):

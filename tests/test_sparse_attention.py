@@ -17,7 +17,8 @@ def whole(S, B=1):
     return AttentionPlan(torch.arange(S).expand(B, -1), S)
 
 
-WAYS = {"masked": (1 << 40, 0), "shared": (0, 1 << 40), "turned round": (0, 0), "both": (0, 1)}  # MASKED_ELEMENTS, SHARED_RATIO
+# MASKED_ELEMENTS, SHARED_RATIO, FILLED
+WAYS = {"masked": (1 << 40, 0, 0.75), "shared": (0, 1 << 40, 0.5), "copied": (0, 1 << 40, 2.0), "turned round": (0, 0, 0.75), "both": (0, 1, 0.75)}
 
 
 @pytest.fixture(params=WAYS)
@@ -33,7 +34,10 @@ def way(request, monkeypatch):
 def set_way(monkeypatch, name):
     monkeypatch.setattr("kernels.blockwise.sparse.MASKED_ELEMENTS", WAYS[name][0])
     monkeypatch.setattr("kernels.blockwise.by_row.SHARED_RATIO", WAYS[name][1])
+    monkeypatch.setattr("kernels.blockwise.by_row.FILLED", WAYS[name][2])
+    monkeypatch.setattr("kernels.blockwise.by_row.FILLED_TRAINED", WAYS[name][2])
     monkeypatch.setattr("kernels.blockwise.by_row.TILE_QUERIES", 32)
+    monkeypatch.setattr("kernels.blockwise.by_row.TILE_KEYS", 24)
 
 
 def keys_by_loops(q, k, plan, spec):
@@ -295,6 +299,34 @@ def test_tiles_are_shared_where_neighbours_choose_alike(monkeypatch):
         assert_same(sparse_attention(q, k, v, plan, spec), reference.sparse_attention(q, k, v, plan, spec))
         assert set(calls) == {expected}
         calls.clear()
+
+
+@pytest.mark.parametrize("filled", [0.75, 2.0])
+def test_tiles_read_multiples_of_tile_keys_or_all_between(monkeypatch, filled):
+    monkeypatch.setattr("kernels.blockwise.by_row.FILLED", filled)
+    found, share = [], blockwise.by_row._share
+    monkeypatch.setattr(blockwise.by_row, "_share", lambda *args: found.append(share(*args)) or found[-1])
+    spec = SparseSpec(8, 3, 16, 4, 200)
+    monkeypatch.setattr("kernels.blockwise.by_row.SHARED_RATIO", 1 << 20)
+    monkeypatch.setattr("kernels.blockwise.by_row.TILE_QUERIES", 16)
+    q, k, v = make(1, 1100, 1100, 2, 1, 8)
+    assert_same(sparse_attention(q, k, v, whole(1100), spec), reference.sparse_attention(q, k, v, whole(1100), spec))
+    blocks = [b for tiles in found for b, _ in tiles]
+    whole_tiles = [len(b) == b[-1] + 1 - b[0] for b in blocks]
+    assert all(w or len(b) * 8 % blockwise.by_row.TILE_KEYS == 0 for w, b in zip(whole_tiles, blocks, strict=True))
+    assert not all(whole_tiles) and all((b.diff() > 0).all() for b in blocks)
+
+
+def test_queries_that_lack_blocks_do_not_make_tiles_of_the_others(monkeypatch):
+    monkeypatch.setattr("kernels.blockwise.by_row.SHARED_RATIO", 1)
+    calls, read = [], blockwise.by_row._read_shared
+    monkeypatch.setattr(blockwise.by_row, "_read_shared", lambda q, *args: calls.append(len(q)) or read(q, *args))
+    spec, positions = SparseSpec(8, 2, 16, 0, 0), torch.arange(0, 4000, 20)[None]  # neither dense ones nor neighbours
+    q, k, v = make(1, 200, 4000, 2, 1, 8)
+    monkeypatch.setattr("kernels.blockwise.sparse.MASKED_ELEMENTS", 0)
+    plan = AttentionPlan(positions, 4000)
+    assert_same(sparse_attention(q, k, v, plan, spec), reference.sparse_attention(q, k, v, plan, spec))
+    assert calls == [2]  # those at 0 and 20
 
 
 def test_bf16_stays_close_to_fp32(way):

@@ -18,7 +18,8 @@ from kernels.spec import AttentionPlan, SparseSpec
 SHARED_RATIO = 3  # in the by-row way, tiles beat turning round until they hold this many times the keys that a query reads
 SHARED_RATIO_BF16 = 8  # the same where the products of tiles are in bf16 and the others are not
 TILE_QUERIES = 128  # queries per tile there
-TILE_KEYS = 128  # a tile reads a multiple of so many keys: oneDNN keeps code for every shape of a product, 0.7 MB each
+TILE_KEYS = 128  # a tile copies a multiple of so many keys: oneDNN keeps code for every shape of a product in bf16, 0.7 MB each
+QUERY_STEP = 32  # for the same reason its queries are made up to a multiple of so many, with some that nobody asked for
 FILLED = 0.75  # a tile that reads so much of what lies between its first and last block reads all of it, as a slice: that costs less than a copy
 FILLED_TRAINED = 0.5  # the same where gradients are wanted, which come through a copy as a sum by index
 SELECT_QUERIES = 512  # queries that choose blocks at once: their scores stay in the cache
@@ -37,13 +38,12 @@ class _DenseChunk(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """Some of a chunk's queries, and the keys they read whatever they choose."""
+    """Some of a chunk's queries, and the blocks they read whatever they choose."""
 
     part: slice  # which ones
-    blocks: Tensor  # of the sinks and the windows
+    sinks: Tensor  # blocks of the sinks
+    window: Tensor  # blocks of the windows
     last: int  # of those
-    sinks: Tensor  # (n, keys of the sinks' blocks) which of them a query reads
-    window: Tensor  # (n, keys of the windows' blocks)
 
 
 class _SparseChunk(NamedTuple):
@@ -60,9 +60,7 @@ def by_row(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpe
     """Sparse prefill of long rows.
 
     A row's queries are put in order of document and position. Those below dense_len are dense. The rest go in chunks, one KV head at a time. Where
-    neighbours agree, tiles of them meet the keys that any of them reads (`_read_shared`). Where they do not (`read_turned`), sinks and window are a band
-    (tiles of consecutive queries against one list of keys); the scores of chosen blocks are turned round, from "the blocks of a query" to "the queries of
-    a block", so that each block meets its queries in one product; their values are summed where they lie. One softmax covers both parts.
+    neighbours agree, tiles of them meet the keys that any of them reads (`_read_shared`); where they do not, they are turned round (`turned.py`).
     """
     B, T, H, D = q.shape
     Hk, bs = k.shape[2], spec.block_size
@@ -96,7 +94,8 @@ def by_row(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpe
                 ids = _choose(upcast(qc.detach()).sum(1), pooled_b[h], chunk, spec)
                 shared = _share(ids, chunk, spec, limit, FILLED_TRAINED if trained else FILLED)
                 if shared:
-                    read = run(_read_shared, qc, k_h, v_h, shared, chunk, spec, use_reentrant=False)
+                    masks = plan.cached(("masks", spec, b, i), lambda c=chunk: _masks(c, spec))
+                    read = run(_read_shared, qc, k_h, v_h, shared, masks, chunk, spec, by_hand, use_reentrant=False)
                 else:
                     bands = plan.cached(("bands", spec, b, i), lambda c=chunk: make_bands(c.q_pos, c.doc_start, spec))
                     read = run(read_turned, compute(qc), *to_turn(), ids, chunk.q_pos, chunk.doc_start, bands, spec, use_reentrant=False)
@@ -115,9 +114,11 @@ def _split_rows(plan: AttentionPlan, spec: SparseSpec, by_hand: bool) -> list[tu
         order = torch.sort(doc_start * plan.n_keys + q_pos, stable=True).indices
         order = order[q_pos[order] >= 0]
         is_dense = (q_pos - doc_start)[order] < spec.dense_len
+        first, stop = selectable_range(q_pos[order], doc_start[order], spec)
+        short = stop - first < spec.n_selected_blocks  # they choose fewer blocks than the others, and can't be turned round
         dense = [_make_dense_chunk(i, q_pos, doc_start, by_hand) for i in _parts(order[is_dense], DENSE_QUERIES)]
-        sparse = [_make_sparse_chunk(i, q_pos, doc_start, spec) for i in _parts_of_documents(order[~is_dense], doc_start, CHUNK_QUERIES)]
-        rows.append((dense, sparse))
+        sparse = [part for some in (short, ~short) for part in _parts_of_documents(order[~is_dense & some], doc_start, CHUNK_QUERIES)]
+        rows.append((dense, [_make_sparse_chunk(i, q_pos, doc_start, spec) for i in sparse]))
     return rows
 
 
@@ -145,30 +146,34 @@ def _make_dense_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor, by_hand: 
 
 def _make_sparse_chunk(index: Tensor, q_pos: Tensor, doc_start: Tensor, spec: SparseSpec) -> _SparseChunk:
     pos, start = q_pos[index], int(doc_start[index[0]])
-    tiles: list[_Tile] = []
-    for t in range(0, len(pos), TILE_QUERIES):
-        tile = _make_tile(t, pos[t : t + TILE_QUERIES], start, spec)
-        if tiles and all(map(torch.equal, tile[3:], tiles[-1][3:])):  # consecutive queries: the same masks for all tiles
-            tile = _Tile(*tile[:3], *tiles[-1][3:])
-        tiles.append(tile)
+    tiles = [_make_tile(t, pos[t : t + TILE_QUERIES], start, spec) for t in range(0, len(pos), TILE_QUERIES)]
     return _SparseChunk(index, pos, start, int(pos[-1]), tiles)
 
 
 def _make_tile(t: int, pos: Tensor, doc_start: int, spec: SparseSpec) -> _Tile:
-    bs, sinks_end, n_blocks = spec.block_size, doc_start + spec.n_sinks, int(pos[-1]) // spec.block_size + 1
-    of_sinks = torch.arange(doc_start // bs, min(-(-sinks_end // bs), n_blocks), device=pos.device)
-    of_window = torch.arange(max(doc_start, int(pos[0]) - spec.window + 1) // bs, n_blocks, device=pos.device)
-    pos = pos[:, None]
-    sinks, window = ((x[:, None] * bs + torch.arange(bs, device=pos.device)).flatten() for x in (of_sinks, of_window))
-    window = (window > pos - spec.window) & (window <= pos)  # documents begin with a block
-    sinks = (sinks < sinks_end) & (sinks <= pos)
-    return _Tile(slice(t, t + len(pos)), torch.cat([of_sinks, of_window]), n_blocks - 1, sinks, window)
+    bs, n_blocks = spec.block_size, int(pos[-1]) // spec.block_size + 1
+    sinks = torch.arange(doc_start // bs, min(-(-(doc_start + spec.n_sinks) // bs), n_blocks), device=pos.device)
+    window = torch.arange(max(doc_start, int(pos[0]) - spec.window + 1) // bs, n_blocks, device=pos.device)
+    return _Tile(slice(t, t + len(pos)), sinks, window, n_blocks - 1)
+
+
+def _masks(chunk: _SparseChunk, spec: SparseSpec) -> list[tuple[Tensor, Tensor]]:
+    """For each tile which keys of its sinks' and of its windows' blocks a query reads whatever it chooses: (n, keys) and (n, keys)."""
+    within, masks = torch.arange(spec.block_size, device=chunk.q_pos.device), []
+    for tile in chunk.tiles:
+        pos = chunk.q_pos[tile.part, None]
+        sinks, window = ((x[:, None] * spec.block_size + within).flatten() for x in (tile.sinks, tile.window))
+        mask = (sinks < chunk.doc_start + spec.n_sinks) & (sinks <= pos), (window > pos - spec.window) & (window <= pos)  # documents begin with a block
+        if masks and all(map(torch.equal, mask, masks[-1])):  # consecutive queries: the same for all tiles
+            mask = masks[-1]
+        masks.append(mask)
+    return masks
 
 
 def _choose(q_sum: Tensor, pooled: Tensor, chunk: _SparseChunk, spec: SparseSpec) -> Tensor:
-    """block_ids (..., Tc, M) of one document's queries q_sum (..., Tc, D) from pooled (..., N, D); in no particular order, -1 = unused."""
+    """block_ids (Tc, M) of one document's queries q_sum (Tc, D) from pooled (N, D); in no particular order, -1 = unused."""
     M = spec.n_selected_blocks
-    ids = torch.full((*q_sum.shape[:-1], M), -1, dtype=torch.int64, device=q_sum.device)
+    ids = torch.full((len(q_sum), M), -1, dtype=torch.int64, device=q_sum.device)
     start = torch.full_like(chunk.q_pos, chunk.doc_start)
     first, stop = selectable_range(chunk.q_pos, start, spec)
     bounds = torch.stack([torch.stack([a[0], z[0], z[-1]]) for a, z in zip(first.split(SELECT_QUERIES), stop.split(SELECT_QUERIES), strict=True)]).tolist()
@@ -176,16 +181,16 @@ def _choose(q_sum: Tensor, pooled: Tensor, chunk: _SparseChunk, spec: SparseSpec
         part = slice(i * SELECT_QUERIES, (i + 1) * SELECT_QUERIES)
         if M == 0 or high_stop <= first:
             continue
-        scores = q_sum[..., part, :] @ pooled[..., first:high_stop, :].transpose(-1, -2)
+        scores = q_sum[part] @ pooled[first:high_stop].t()
         low_stop = max(low_stop, first)
         if low_stop < high_stop:
             n = torch.arange(low_stop, high_stop, device=q_sum.device)
-            scores[..., low_stop - first :].masked_fill_(n >= stop[part, None], float("-inf"))
+            scores[:, low_stop - first :].masked_fill_(n >= stop[part, None], float("-inf"))
         values, best = best_scores(scores, M)
         best += first
         if low_stop - first < M:
             best.masked_fill_(values == float("-inf"), -1)
-        ids[..., part, : best.shape[-1]] = best
+        ids[part, : best.shape[1]] = best
     return ids
 
 
@@ -213,14 +218,15 @@ def _share(block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec, limit: int,
     is_read = torch.zeros(n_tiles, N + 1, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)
     is_read = is_read[:, :N]
     for row, tile in zip(is_read, chunk.tiles, strict=True):
-        row[tile.blocks] = True
+        row[tile.sinks] = row[tile.window] = True
     n, firsts = torch.arange(N, device=ids.device), is_read.int().argmax(1, keepdim=True)
     spare = ~is_read & (n > firsts) & (n <= torch.tensor([tile.last for tile in chunk.tiles], device=ids.device)[:, None])
     is_read |= spare & (spare.cumsum(1) <= -is_read.sum(1, keepdim=True) % max(1, TILE_KEYS // spec.block_size))
     counts = is_read.sum(1).tolist()
     for i, (first, tile) in enumerate(zip(firsts.flatten().tolist(), chunk.tiles, strict=True)):
-        if counts[i] > filled * (tile.last - first):
-            is_read[i, first : tile.last + 1], counts[i] = True, tile.last + 1 - first
+        between = tile.last + 1 - first
+        if counts[i] >= filled * between:
+            is_read[i, first : tile.last + 1], counts[i] = True, between
     if sum(counts) * spec.block_size > limit * n_tiles and not (block_ids < 0).any():
         return []
     column = F.pad(is_read.cumsum(1) - 1, (0, 1))
@@ -230,16 +236,25 @@ def _share(block_ids: Tensor, chunk: _SparseChunk, spec: SparseSpec, limit: int,
     return [(x, column[tile.part]) for x, tile in zip(blocks, chunk.tiles, strict=True)]
 
 
-def _read_shared(q: Tensor, k: Tensor, v: Tensor, shared: list[tuple[Tensor, Tensor]], chunk: _SparseChunk, spec: SparseSpec) -> Tensor:
+def _read_shared(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shared: list[tuple[Tensor, Tensor]],
+    masks: list[tuple[Tensor, Tensor]],
+    chunk: _SparseChunk,
+    spec: SparseSpec,
+    by_hand: bool,
+) -> Tensor:
     """One KV head's queries q (Tc, G, D) over k, v (S, D), each tile over what `_share` found -> (Tc, G, D)."""
-    bs, attend = spec.block_size, _by_hand if q.dtype == torch.bfloat16 else _by_sdpa
+    bs, attend = spec.block_size, _by_products if by_hand else _by_sdpa
     within = torch.arange(bs, device=q.device)
     out = []
-    for tile, (blocks, chosen) in zip(chunk.tiles, shared, strict=True):
+    for tile, (blocks, chosen), (sinks, window) in zip(chunk.tiles, shared, masks, strict=True):
         n, L, first = len(chosen), len(blocks), int(blocks[0])
         bias = q.new_full((n, L + 1), float("-inf")).scatter_(1, chosen, 0.0)[:, :L].repeat_interleave(bs, 1)
-        bias[:, : tile.sinks.shape[1]].masked_fill_(tile.sinks, 0.0)
-        bias[:, L * bs - tile.window.shape[1] :].masked_fill_(tile.window, 0.0)
+        bias[:, : sinks.shape[1]].masked_fill_(sinks, 0.0)
+        bias[:, L * bs - window.shape[1] :].masked_fill_(window, 0.0)
         if tile.last + 1 - first == L:
             k_tile, v_tile = (x[first * bs : (tile.last + 1) * bs] for x in (k, v))
         else:
@@ -249,10 +264,13 @@ def _read_shared(q: Tensor, k: Tensor, v: Tensor, shared: list[tuple[Tensor, Ten
     return torch.cat(out) if len(out) > 1 else out[0]
 
 
-def _by_hand(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+def _by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """q (G, n, D) over k, v (L, D), bias (n, L) -> (G, n, D), as two products and a softmax: fast in bf16 on a CPU that has units for it."""
-    scores = ((q * q.shape[-1] ** -0.5).reshape(-1, q.shape[-1]) @ k.t()).view(len(q), *bias.shape)
-    return (scores.add_(bias).softmax(-1).flatten(0, 1) @ v).view(q.shape)
+    n, D = q.shape[1:]
+    if n % QUERY_STEP:
+        q, bias = (F.pad(x, (0, 0, 0, -n % QUERY_STEP)) for x in (q, bias))
+    scores = ((q * D**-0.5).reshape(-1, D) @ k.t()).view(len(q), *bias.shape)
+    return (scores.add_(bias).softmax(-1).flatten(0, 1) @ v).view(q.shape)[:, :n]
 
 
 def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

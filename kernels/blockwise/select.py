@@ -7,7 +7,7 @@ from torch import Tensor
 from kernels.reference import upcast
 from kernels.spec import AttentionPlan, SparseSpec
 
-CHUNK_ELEMENTS = 1 << 22  # elements of the largest buffer in the tiled way; 16 MiB fp32, small enough that malloc reuses it
+CHUNK_ELEMENTS = 1 << 22  # block scores in memory at once; 16 MiB fp32, small enough that malloc reuses it
 SORTED_SCORES = 1 << 12  # so few block scores are sorted whole: one operator instead of the seven of a topk with ties
 TOPK_LENGTH = 384  # rows of block scores this long are searched in two steps
 

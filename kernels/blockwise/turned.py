@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.blockwise.common import compute
 from kernels.spec import SparseSpec
 
-BAND_QUERIES = 512  # of which so many at once have all of their scores in memory
+BAND_QUERIES = 512  # queries that have all of their scores in memory at once
 BAND_TILE = 64
 GATHERED_ELEMENTS = 1 << 18
 
