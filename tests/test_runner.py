@@ -203,7 +203,7 @@ def test_plain_steps_of_norms_leave_the_model_movable(monkeypatch):
 @pytest.mark.skipif(unavailable(make_tiny_model(400)) is not None, reason="no C++ compiler")
 def test_steps_that_choose_blocks_take_one_allocation_and_the_others_the_stack(monkeypatch, tmp_path):
     monkeypatch.setenv("DUALBRANCH_CACHE", str(tmp_path))
-    model, options = make_tiny_model(400, **DIALECTS["sliding layers"]), {}
+    model, options = make_tiny_model(400, **DIALECTS["sliding layers"] | {"sliding_layers": (1,)}), {}
 
     def note(program, package_path, inductor_configs):
         options[Path(package_path).stem] = inductor_configs
