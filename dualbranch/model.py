@@ -229,7 +229,7 @@ class DualBranchModel(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What `_stream` gives for one long row and its last token, in parts of at most `PROMPT_AT_ONCE` tokens."""
         cache.check_room(int(cache.n_cached[0]) + tokens.shape[1])  # all of them fit, or nothing is written
-        parts = tokens.chunk(-(-tokens.shape[1] // PROMPT_AT_ONCE), 1)
+        parts = tokens.split(PROMPT_AT_ONCE, 1)  # round ones, but for the last: what products and attention fill up (packed.multiply) stays small
         routes = route.split([p.shape[1] for p in parts], 1) if isinstance(route, Tensor) else [route] * len(parts)
         found = [self._stream(part, of_part, cache, None, None, budget, threshold, True) for part, of_part in zip(parts, routes, strict=True)]
         g, use_slow = (None if x[0] is None else torch.cat(x, 1) for x in ([f[1] for f in found], [f[2] for f in found]))
