@@ -134,6 +134,8 @@ def run(args: argparse.Namespace) -> int:
     loaded, name = load_model(args.model, args.device, args.accept_gemma_terms)
     prepare(loaded, args.precision, not args.no_compile)
     keep_freed_memory()
+    if loaded.model.config.fast_only and args.budget is not None:
+        raise ValueError(f"budget = {args.budget:g} has no effect: {name} has its fast branch alone; leave it out")
     if args.mode is args.route is None:
         mode = resolve(default_mode(loaded.model.config.fast_only), None, args.thinking, args.budget, args.thinking_budget)
     asked, mode = mode, fitted(mode, loaded.tokenizer, asked=args.thinking == "on")

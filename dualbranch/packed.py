@@ -308,8 +308,8 @@ def multiply(matrix: PackedMatrix, x: Tensor) -> Tensor:
 
 
 def _more_rows(n: int) -> int:
-    """Rows that make n a multiple of 16, of more than 256 of an eighth to a sixteenth of them: PyTorch's products in bf16 on a CPU keep 0.7 MB for every
-    shape they meet (oneDNN's code), and take longer to make it than such rows take."""
+    """How many rows make n a multiple of 16, from 256 on of a power of two between a sixteenth and an eighth of n: PyTorch's products in bf16 on a CPU keep
+    0.7 MB for every shape they meet (oneDNN's code), and take longer to make it than such rows take."""
     return -n % (1 << max(4, n.bit_length() - 4))
 
 

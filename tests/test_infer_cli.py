@@ -157,6 +157,7 @@ def test_a_fast_branch_alone_is_quantized_and_runs(cli, run_folder, tmp_path, ca
         assert code == 0 and reply.strip()
     code, reply, err = cli(*ask("--model", small, "--mode", "think"))
     assert code == infer.USAGE_ERROR and "mode fast" in err and not reply.strip()
+    assert "leave it out" in cli(*ask("--model", small, "--budget", "0.3"))[2]
     loaded = load(small)
     for found in (generate(loaded, "1 + 1?", max_tokens=3), Conversation(loaded).send("1 + 1?", params=SamplingParams(max_tokens=3))):
         assert found.n_answer and not any(found.use_slow)

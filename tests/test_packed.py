@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualbranch.checkpoint import load_checkpoint, save_checkpoint
-from dualbranch.packed import FEW, GROUP, PackedEmbedding, PackedLinear, PackedMatrix, ProductNorm, multiply
+from dualbranch.packed import FEW, GROUP, PackedEmbedding, PackedLinear, PackedMatrix, ProductNorm, _more_rows, multiply
 from dualbranch.precision import BITS, parse_precision, quantize, unpack_branches
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 100))
@@ -170,6 +170,11 @@ def test_many_tokens_are_multiplied_in_bf16_only_where_there_are_units_for_it(bi
     assert torch.equal(multiply(matrix, x[:FEW]), x[:FEW] @ matrix.transposed())
     monkeypatch.setattr("dualbranch.packed.has_bf16_units", lambda device: False)
     assert torch.equal(multiply(matrix, x), exact)
+
+
+def test_products_in_bf16_meet_few_shapes():
+    assert len({n + _more_rows(n) for n in range(FEW + 1, 2049)}) == 40
+    assert all(_more_rows(n) < max(16, n / 8) for n in range(1, 5000)) and _more_rows(2048) == 0
 
 
 def test_norms_before_packed_products_alone_give_what_those_multiply(monkeypatch):
