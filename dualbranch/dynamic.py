@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualbranch.layers import FeedForward, activate
-from dualbranch.packed import FEW, PackedMatrix
+from dualbranch.packed import FEW, PackedFeedForward, PackedMatrix
 
 if TYPE_CHECKING:
     from dualbranch.block import Branch
@@ -75,12 +75,11 @@ class From8Bit(nn.Module):
         return y * scale * scales
 
 
-class DynamicFeedForward(FeedForward):
+class DynamicFeedForward(PackedFeedForward):
     """A feed-forward of 8-bit packed matrices, taken from `ff`. `steps`: what it does between products, or the same compiled."""
 
     def __init__(self, ff: FeedForward) -> None:
-        nn.Module.__init__(self)
-        self.w_act, self.w_up, self.w_down, self.activation = ff.w_act, ff.w_up, ff.w_down, ff.activation
+        super().__init__(ff)
         self._plain()
 
     def _plain(self) -> None:

@@ -85,9 +85,9 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(tokens) * torch.tensor(self.scale, dtype=self.weight.dtype)
 
 
-def activate(x: Tensor, activation: str) -> Tensor:
-    """SiLU of swiglu, or GELU (its tanh approximation) of geglu."""
-    return F.silu(x) if activation == "swiglu" else F.gelu(x, approximate="tanh")
+def activate(x: Tensor, activation: str, inplace: bool = False) -> Tensor:
+    """SiLU of swiglu, or GELU (its tanh approximation) of geglu. `inplace`: may overwrite x."""
+    return F.silu(x, inplace) if activation == "swiglu" else F.gelu(x, approximate="tanh")
 
 
 class FeedForward(nn.Module):

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualbranch.layers import FeedForward, activate
 from kernels import has_bf16_units
 
 #: Rows interleaved in a checkpoint; and in memory, as many as this machine's vector registers have fp32 lanes (8 where they have fewer).
@@ -30,6 +31,9 @@ PER = {4: 8, 8: 4, 16: 1}
 GROUP = 32
 #: Most tokens multiplied by the packed words as they are; for more the matrix is unpacked first.
 FEW = 8
+#: Hidden activations of a feed-forward that are computed at once; where there are more, those of so many tokens (fewer make slow products).
+HIDDEN_ELEMENTS = 1 << 20
+HIDDEN_TOKENS = 512
 #: For the compiler: fuse unpacking into the product, however many operators that takes, and a product and a sum into one instruction; and leave
 #: attention as it is written (it would make it a call of scaled_dot_product_attention, which takes twice as long for one query).
 COMPILE_OPTIONS = {
@@ -300,17 +304,38 @@ def multiply(matrix: PackedMatrix, x: Tensor) -> Tensor:
     if len(flat) <= FEW and torch.compiler.is_compiling():
         y = matrix.product(flat)
     else:
-        weight = matrix.transposed(product_dtype(len(flat), x.device))
-        flat = flat.to(weight.dtype)
-        more = _more_rows(len(flat)) if weight.dtype == torch.bfloat16 and x.device.type == "cpu" else 0
-        y = (F.pad(flat, (0, 0, 0, more)) @ weight)[: len(flat)] if more else flat @ weight
+        y = _product(flat, matrix.transposed(product_dtype(len(flat), x.device)))
     return y.unflatten(0, x.shape[:-1])
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """`x (M, K) @ weight (K, N)` in the dtype of `weight`."""
+    x = x.to(weight.dtype)
+    more = _more_rows(len(x)) if weight.dtype == torch.bfloat16 and x.device.type == "cpu" else 0
+    return (F.pad(x, (0, 0, 0, more)) @ weight)[: len(x)] if more else x @ weight
 
 
 def _more_rows(n: int) -> int:
     """How many rows make n a multiple of 16, from 256 on of a power of two between a sixteenth and an eighth of n: PyTorch's products in bf16 on a CPU keep
     0.7 MB for every shape they meet (oneDNN's code), and take longer to make it than such rows take."""
     return -n % (1 << max(4, n.bit_length() - 4))
+
+
+class PackedFeedForward(FeedForward):
+    """A feed-forward of packed matrices, taken from `ff`. Many tokens go through in slices, whose hidden activations stay in a core's cache; those of a
+    long prompt would go to memory and back five times."""
+
+    def __init__(self, ff: FeedForward) -> None:
+        nn.Module.__init__(self)
+        self.w_act, self.w_up, self.w_down, self.activation = ff.w_act, ff.w_up, ff.w_down, ff.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) <= FEW:
+            return super().forward(x)
+        act, up, down = (w.matrix.transposed(product_dtype(len(x), x.device)) for w in (self.w_act, self.w_up, self.w_down))
+        n = len(x) if len(x) * act.shape[1] <= HIDDEN_ELEMENTS else HIDDEN_TOKENS
+        parts = [_product(activate(_product(part, act), self.activation, inplace=True).mul_(_product(part, up)), down) for part in x.split(n)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def logits_of(norm: nn.Module, out: nn.Module | Tensor, softcap: float | None, x: Tensor) -> Tensor:

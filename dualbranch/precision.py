@@ -15,9 +15,9 @@ from torch import nn
 
 from dualbranch.block import Branch
 from dualbranch.dynamic import CALIBRATION_TEXT, DynamicFeedForward, smooth
-from dualbranch.layers import ScaledEmbedding
+from dualbranch.layers import FeedForward, ScaledEmbedding
 from dualbranch.model import DualBranchModel
-from dualbranch.packed import PackedEmbedding, PackedLinear, ProductNorm
+from dualbranch.packed import PackedEmbedding, PackedFeedForward, PackedLinear, ProductNorm
 
 if TYPE_CHECKING:
     from dualbranch.tokenizer import TokenizerBase
@@ -68,19 +68,28 @@ def lay_out(model: DualBranchModel, precision: str) -> DualBranchModel:
 def unpack_branches(model: DualBranchModel) -> DualBranchModel:
     """`model`, quantized in its branches alone: their matrices in fp32 again, with the values that rounding left. Mutates and returns it."""
     assert isinstance(model.embed, nn.Embedding), "embedding and head are packed too"
-    for module in list(model.blocks.modules()):
-        for name, packed in list(module.named_children()):
-            if isinstance(packed, PackedLinear):
-                weights = {"weight": packed.matrix.transposed().T.contiguous()} | ({} if packed.bias is None else {"bias": packed.bias})
-                linear = nn.Linear(*reversed(weights["weight"].shape), packed.bias is not None, device="meta")
-                linear.load_state_dict(weights, assign=True)
-                setattr(module, name, linear)
-            elif isinstance(packed, ProductNorm):
-                norm = nn.RMSNorm(packed.normalized_shape, packed.eps, device="meta")
-                norm.load_state_dict(packed.state_dict(), assign=True)
-                setattr(module, name, norm)
+    for module in reversed(list(model.blocks.modules())):  # what is inside comes first
+        for name, child in list(module.named_children()):
+            setattr(module, name, _unpacked(child))
     model.precision = "fp32"
     return model
+
+
+def _unpacked(module: nn.Module) -> nn.Module:
+    """What stands for `module` where nothing is packed; of a feed-forward, its matrices come first."""
+    weights = module.state_dict()
+    if isinstance(module, PackedLinear):
+        weights = {"weight": module.matrix.transposed().T.contiguous()} | ({} if module.bias is None else {"bias": module.bias})
+        plain = nn.Linear(*reversed(weights["weight"].shape), module.bias is not None, device="meta")
+    elif isinstance(module, ProductNorm):
+        plain = nn.RMSNorm(module.normalized_shape, module.eps, device="meta")
+    elif isinstance(module, PackedFeedForward):
+        with torch.device("meta"):
+            plain = FeedForward(module.w_act.in_features, module.w_act.out_features, module.activation)
+    else:
+        return module
+    plain.load_state_dict(weights, assign=True)
+    return plain
 
 
 @torch.no_grad()
@@ -100,7 +109,7 @@ def _replace_matrices(model: DualBranchModel, precision: str, keep_values: bool)
             if isinstance(module, Branch) and names[part] == DYNAMIC:
                 module.ff = DynamicFeedForward(module.ff)
             elif isinstance(module, Branch) and bits[part] < 32:
-                module.ff_norm = ProductNorm(module.ff_norm)
+                module.ff, module.ff_norm = PackedFeedForward(module.ff), ProductNorm(module.ff_norm)
         if bits["slow"] < 32 and (block.fast is None or bits["fast"] < 32):
             block.attn_norm = ProductNorm(block.attn_norm)
     if bits["head"] < 32:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.blockwise.common import compute, has_bf16_products, sdpa
+from kernels.blockwise.common import compute, has_bf16_products, has_bf16_sdpa, sdpa
 from kernels.blockwise.dense import rising_chunks, rising_in_bf16
 from kernels.blockwise.select import best_scores, selectable_range
 from kernels.blockwise.turned import keys_to_turn, make_bands, read_turned
@@ -247,7 +247,7 @@ def _read_shared(
     by_hand: bool,
 ) -> Tensor:
     """One KV head's queries q (Tc, G, D) over k, v (S, D), each tile over what `_share` found -> (Tc, G, D)."""
-    bs, attend = spec.block_size, _by_products if by_hand else _by_sdpa
+    bs, attend = spec.block_size, _by_products if by_hand and not has_bf16_sdpa() else _by_sdpa
     within = torch.arange(bs, device=q.device)
     out = []
     for tile, (blocks, chosen), (sinks, window) in zip(chunk.tiles, shared, masks, strict=True):

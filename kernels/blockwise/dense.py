@@ -37,10 +37,13 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Ten
     return zero_padding(torch.cat(out, 1) if len(out) > 1 else out[0], plan).to(dtype)
 
 
-def rising_chunks(q_pos: Tensor) -> list[tuple[slice, int, Tensor]]:
+def rising_chunks(q_pos: Tensor) -> list[tuple[slice, int, Tensor | None]]:
     """Chunks of queries at rising positions q_pos (T,): which ones, the last key that one of them sees, and a bias in bf16 for keys up to it, -inf where
-    a query does not see it; earlier keys than it has columns are seen by all."""
-    chunks, size = [], RISING_QUERIES_SDPA if has_bf16_sdpa() else RISING_QUERIES
+    a query does not see it; earlier keys than it has columns are seen by all. Where SDPA computes them, neighbours are one chunk without a bias."""
+    by_sdpa = has_bf16_sdpa()
+    if by_sdpa and int(q_pos[-1]) - int(q_pos[0]) == len(q_pos) - 1:
+        return [(slice(0, len(q_pos)), int(q_pos[-1]), None)]
+    chunks, size = [], RISING_QUERIES_SDPA if by_sdpa else RISING_QUERIES
     for t0 in range(0, len(q_pos), size):
         pos = q_pos[t0 : t0 + size]
         later = torch.arange(int(pos[0]) + 1, int(pos[-1]) + 1, device=pos.device) > pos[:, None]
@@ -49,11 +52,10 @@ def rising_chunks(q_pos: Tensor) -> list[tuple[slice, int, Tensor]]:
     return chunks
 
 
-def rising_in_bf16(q: Tensor, k: Tensor, v: Tensor, chunks: list[tuple[slice, int, Tensor]]) -> Tensor:
+def rising_in_bf16(q: Tensor, k: Tensor, v: Tensor, chunks: list[tuple[slice, int, Tensor | None]]) -> Tensor:
     """Causal attention of q (B, T, H, D) over k, v (B, S, Hk, D) in bf16: two products and a softmax for each chunk of queries, or SDPA."""
     if has_bf16_sdpa():
-        masks = (F.pad(bias, (last + 1 - bias.shape[1], 0))[None, None] for _, last, bias in chunks)
-        return torch.cat([sdpa(q[:, part], k[:, : last + 1], v[:, : last + 1], mask) for (part, last, _), mask in zip(chunks, masks, strict=True)], 1)
+        return torch.cat([_chunk_by_sdpa(q[:, part], k[:, : last + 1], v[:, : last + 1], bias) for part, last, bias in chunks], 1)
     B, T, H, D = q.shape
     Hk, S = k.shape[2], chunks[-1][1] + 1
     G = H // Hk
@@ -67,6 +69,23 @@ def rising_in_bf16(q: Tensor, k: Tensor, v: Tensor, chunks: list[tuple[slice, in
         scores.view(-1, G, n, last + 1)[..., last + 1 - width :] += bias
         out[:, :, part] = torch.bmm(scores.softmax(-1), v[:, : last + 1]).view(-1, G, n, D)
     return out.view(B, Hk, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+def _chunk_by_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """A chunk of `rising_chunks`, over the keys up to its last. Masks take SDPA half as long again: neighbours (no bias) go without, in two calls, over
+    what lies before the first of them and, causally, from there on, which are mixed by the sums of their weights."""
+    if bias is not None:
+        return sdpa(q, k, v, F.pad(bias, (k.shape[1] - bias.shape[1], 0))[None, None])
+    B, T, H, D = q.shape
+    Hk, n = k.shape[2], k.shape[1] - T
+    q = q.view(B, T, Hk, H // Hk, D).permute(0, 2, 3, 1, 4).reshape(B * Hk, H // Hk, T, D)
+    k, v = (x.transpose(1, 2).reshape(B * Hk, 1, n + T, D).expand(-1, H // Hk, -1, -1) for x in (k, v))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # SDPA's, with the logarithm of the sum of weights, (B * Hk, G, T)
+    out, log_sum = flash(q, k[:, :, n:], v[:, :, n:], is_causal=True)
+    if n:
+        before, log_sum_before = flash(q, k[:, :, :n], v[:, :, :n])
+        out = torch.lerp(out.float(), before.float(), torch.sigmoid(log_sum_before - log_sum)[..., None]).to(q.dtype)
+    return out.view(B, Hk, H // Hk, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
 def _one_query_in_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
