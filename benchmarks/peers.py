@@ -252,6 +252,13 @@ def check_quality(states: Sequence[State], args: argparse.Namespace, windows: tu
     expected = peers_report.perplexity(lines[1:])
     for state in states:
         lines, early = (lines, None) if state.engine == ours else ask(state.engine)
+        if early is not None and early.failed and state.engine.library == "llama.cpp":
+            plain = replace(state.engine, repacked=False)
+            again, still = ask(plain)
+            if still is None:
+                state.notes.append(f"with weights laid out for this CPU's units it {early.why}, so run without (use_extra_bufts)")
+                say(f"{state.engine.name}: {state.notes[-1]}")
+                state.engine, lines, early = plain, again, None
         if early is None:
             state.windows = lines[1:]
             found = peers_report.perplexity(state.windows)

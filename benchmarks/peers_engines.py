@@ -23,7 +23,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Engine:
-    """What to run: `library` is a key of `ADAPTERS`, `model` a path (ours: or a name); `route`, `budget` and `compiled` are ours alone."""
+    """What to run: `library` is a key of `ADAPTERS`, `model` a path (ours: or a name); `route`, `budget` and `compiled` are ours alone, `repacked` is
+    llama.cpp's: whether it may lay weights out anew for the CPU's units, as it does by itself."""
 
     name: str
     library: str
@@ -32,6 +33,7 @@ class Engine:
     route: str = "slow"
     budget: float | None = None
     compiled: bool = False
+    repacked: bool = True
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,10 @@ class LlamaCpp(Adapter):
         self.library = llama_cpp
         all_logits = job.task == "quality"
         threads = {"n_threads": job.threads, "n_threads_batch": job.threads}
+        if not job.engine.repacked:  # its Python class has no parameter for that
+            defaults = llama_cpp.llama_cpp.llama_model_default_params()
+            defaults.use_extra_bufts = False
+            llama_cpp.llama_cpp.llama_model_default_params = lambda: defaults
         self.model = llama_cpp.Llama(job.engine.model, n_ctx=job.capacity, logits_all=all_logits, verbose=False, **threads)
 
     def rewind(self, n: int) -> None:

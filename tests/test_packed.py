@@ -6,8 +6,10 @@ from conftest import make_tiny_model, make_tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dualbranch import packed as packed_module
 from dualbranch.checkpoint import load_checkpoint, save_checkpoint
-from dualbranch.packed import FEW, GROUP, PackedEmbedding, PackedLinear, PackedMatrix, ProductNorm, _more_rows, multiply
+from dualbranch.layers import FeedForward
+from dualbranch.packed import FEW, GROUP, PackedEmbedding, PackedFeedForward, PackedLinear, PackedMatrix, ProductNorm, _more_rows, multiply
 from dualbranch.precision import BITS, parse_precision, quantize, unpack_branches
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 100))
@@ -177,6 +179,26 @@ def test_products_in_bf16_meet_few_shapes():
     assert all(_more_rows(n) < max(16, n / 8) for n in range(1, 5000)) and _more_rows(2048) == 0
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "geglu"])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("n_tokens", [1, FEW, FEW + 1, 64, 70])
+def test_a_packed_feed_forward_in_slices_is_what_its_matrices_say(monkeypatch, activation, bf16, n_tokens):
+    monkeypatch.setattr("dualbranch.packed.has_bf16_units", lambda device: bf16)
+    ff = quantize(make_tiny_model(400, activation=activation), "int8").blocks[1].fast.ff
+    assert isinstance(ff, PackedFeedForward)
+    x = torch.randn(n_tokens, 32, generator=torch.Generator().manual_seed(0))
+    before, expected = x.clone(), FeedForward.forward(ff, x)  # every product whole
+    monkeypatch.setattr(packed_module, "HIDDEN_ELEMENTS", 40 * ff.w_act.matrix.n_rows)
+    monkeypatch.setattr(packed_module, "HIDDEN_TOKENS", 24)
+    rows, product = [], packed_module._product
+    monkeypatch.setattr(packed_module, "_product", lambda x, weight: rows.append(len(x)) or product(x, weight))
+    found = ff(x)
+    exact = dict(rtol=2e-2, atol=1e-2) if bf16 and n_tokens > FEW else dict(rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.float(), expected.float(), **exact)
+    assert found.dtype == expected.dtype and torch.equal(x, before), "what it is given is not overwritten"
+    assert rows[::3] == {64: [24, 24, 16], 70: [24, 24, 22]}.get(n_tokens, [n_tokens]) and len(rows) % 3 == 0
+
+
 def test_norms_before_packed_products_alone_give_what_those_multiply(monkeypatch):
     x, weight = torch.randn(FEW + 1, 32, generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 1, 32)
 
@@ -194,8 +216,11 @@ def test_norms_before_packed_products_alone_give_what_those_multiply(monkeypatch
     assert torch.equal(norm(x), plain(x).bfloat16()) and torch.equal(norm(x[:FEW]), plain(x[:FEW]))
     monkeypatch.setattr("dualbranch.packed.has_bf16_units", lambda device: False)
     assert torch.equal(norm(x), plain(x))
+    few = torch.randn(3, 32)
+    expected = model.blocks[1].slow.ff(few)
     unpack_branches(model)
-    assert not any(isinstance(m, ProductNorm) for m in model.modules()) and torch.equal(model.blocks[1].attn_norm.weight, weight)
+    torch.testing.assert_close(model.blocks[1].slow.ff(few), expected)
+    assert not any(isinstance(m, (ProductNorm, PackedFeedForward)) for m in model.modules()) and torch.equal(model.blocks[1].attn_norm.weight, weight)
 
 
 def test_the_cache_is_exact_where_the_weights_of_keys_and_values_are():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,7 +147,7 @@ def small_models(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("library", peers_engines.ADAPTERS)
-def test_an_adapter_reads_and_rewinds_as_one_pass_does(library, small_models, torch_settings):
+def test_an_adapter_reads_and_rewinds_as_one_pass_does(library, small_models, torch_settings, monkeypatch):
     adapter_class = peers_engines.ADAPTERS[library]
     if any(importlib.util.find_spec(name) is None for name in adapter_class.needs):
         pytest.skip(f"runs {library} (pip install {adapter_class.pip})")
@@ -161,6 +163,11 @@ def test_an_adapter_reads_and_rewinds_as_one_pass_does(library, small_models, to
         assert difference < error * float(expected.std()), f"logits of token {i} differ by {difference:.1e}"
 
     engine = Engine(library, library, str(paths[library]), "fp32")
+    if library == "llama.cpp":  # both ways: weights laid out anew first
+        assert adapter_class(Job(engine, "speed", 1, 64)).read(ids[:3]).shape == (model.config.vocab_size,)
+        inner = importlib.import_module("llama_cpp.llama_cpp")
+        monkeypatch.setattr(inner, "llama_model_default_params", inner.llama_model_default_params)  # put back afterwards
+        engine = replace(engine, repacked=False)
     adapter = adapter_class(Job(engine, "speed", 1, 64))
     adapter.read(other)
     adapter.rewind(0)
@@ -231,6 +238,19 @@ def test_an_engine_with_other_weights_is_not_timed_and_a_slow_one_keeps_its_spee
     assert "decoded logits differ" in states[5].failure
     assert f"{math.exp(2.01):.3f} where ours is {math.exp(2.0):.3f}" in states[1].failure
     assert states[4].windows is None and states[4].notes == ["perplexity not measured: stopped after 9 s"]
+
+
+@pytest.mark.parametrize(("library", "also_plain", "expected"), [("llama.cpp", False, None), ("llama.cpp", True, "dies"), ("transformers", False, "dies")])
+def test_llama_cpp_goes_without_weights_laid_out_anew_where_it_dies_of_them(monkeypatch, library, also_plain, expected):
+    def answer(job):
+        if job.engine.name == "x" and (job.engine.repacked or also_plain):
+            return [], peers.Early(True, "dies")
+        return [{}, {"nll": 1.0, "n_predicted": 1, "decode_error": 0.0}], None
+
+    fake_jobs(monkeypatch, answer)
+    state = make_state("x", library)
+    peers.check_quality([state], make_args(), ((1, 2),), lambda text: None)
+    assert state.failure == expected and state.engine.repacked == (expected is not None) and len(state.notes) == (expected is None)
 
 
 @pytest.mark.parametrize("units", [True, False])

@@ -1,6 +1,7 @@
 """The one-row decode step: equal to the model's own forward, whatever the dialect, and compiled without recompiling as the context grows."""
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dualbranch import compiled, memory
 from dualbranch.cache import CacheFull
 from dualbranch.compiled import build, merge_repeated, steps_folder, unavailable
 from dualbranch.model import DualBranchModel
+from dualbranch.packed import PREFETCH
 from dualbranch.precision import quantize
 from dualbranch.runner import Runner, plain_steps, read, sparse_blocks
 from kernels import AttentionPlan, SparseSpec, has_bf16_units
@@ -253,7 +255,13 @@ def test_compiled_in_fp32_it_computes_the_same(monkeypatch, tmp_path):
         return compiler(program, **how)
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_and_look)
+    compiler_with_log, log = tmp_path / "g++", tmp_path / "flags"
+    compiler_with_log.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {os.environ.get("CXX") or "g++"} "$@"\n')
+    compiler_with_log.chmod(0o755)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(compiler_with_log)))
     build(model)
+    asked = [set(line.split()) for line in log.read_text().splitlines() if "-c" in line.split()]
+    assert asked and all({"-ffp-contract=fast", *PREFETCH.split()} <= flags for flags in asked), "PyTorch passes the C++ compiler's flags on"
     assert computed and all(len({str(x) for x in operators}) == len(operators) for operators in computed), "nothing is computed twice"
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(memory, "HUGE_PAGE", 4096)  # so that this model fills one

@@ -338,7 +338,7 @@ def branch_for(c: DualBranchConfig) -> dict[str, Any]:
         "n_tail": tail if c.n_layers > stem + tail else 0,
         "fast_n_heads": c.n_heads,
         "fast_d_ff": max(1, c.d_ff // 4 // 16 * 16),
-        "sparse": SparseSpec(block_size=16, n_selected_blocks=16, window=128, n_sinks=4, dense_len=1024),
+        "sparse": SparseSpec(block_size=16, n_selected_blocks=16, window=128, n_sinks=4, dense_len=2048),
         "d_gate": max(4, layer // 125 // c.d_model // 8 * 8),
     }
 
