@@ -7,6 +7,7 @@ once `compile_decode` made one. Every layer of a kind runs the same code with it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,8 @@ from kernels import SparseSpec, has_bf16_units
 if TYPE_CHECKING:
     from dualbranch.model import DualBranchModel, ModelOutput
 
+#: Into how many pieces the keys of a dense step are cut, at most: for cores to share, and long, so that the C++ compiler fetches ahead in loops over them.
+PIECES = 8
 #: More keys than any model reads densely by rule.
 MANY = 1 << 62
 
@@ -55,7 +58,8 @@ class NewestToken:
         q, together = q.view(k.shape[1], -1, q.shape[-1]), self.block_size  # (Hk, G, D)
         if not self.sparse:
             seen = torch.arange(self.n_keys, device=q.device) <= self.position
-            return read(q, *(x[0, :, : self.n_keys].unflatten(1, (-1, together)) for x in (k, v)), seen.view(1, -1, together))
+            pieces = math.gcd(PIECES, together)
+            return read(q, *(x[0, :, : self.n_keys].unflatten(1, (pieces, -1)) for x in (k, v)), seen.view(1, pieces, -1))
         blocks, seen = sparse_blocks(q, pooled[:, : self.n_keys // together], self.position, reads)
         head = torch.arange(k.shape[1], device=k.device)[:, None]
         return read(q, *(kept(x[0].unflatten(1, (-1, together))[head, blocks]) for x in (k, v)), seen)
@@ -67,14 +71,17 @@ def read(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 
     Written as sums, a query head at a time, it compiles to loops that read keys and values once, as they lie, a KV head after the other (in turn, they
     take twice as long to come from memory). Products of matrices with as few rows as G take twice as long, and scaled_dot_product_attention three times.
-    Cores share the pieces. Values are divided by the sum of their weights last, so that the exponentials are a loop for all cores.
+    Cores share the pieces: pieces come first, and scores are stored piece by piece before they are masked, or all keys become one loop, in which nothing
+    is fetched ahead. Values are divided by the sum of their weights last, so that the exponentials are a loop for all cores.
     """
-    q, k, v = kept(q.float() * q.shape[-1] ** -0.5), k.float(), v.float().masked_fill(~seen[..., None], 0.0)
-    scores = torch.stack([(q_g[:, None, None] * k).sum(-1) for q_g in q.unbind(1)]).masked_fill(~seen, float("-inf"))
-    scores = kept(scores.flatten(2))  # (G, Hk, P * J)
-    e = kept((scores - scores.amax(-1, keepdim=True)).exp())
-    parts = kept(torch.stack([(w[..., None] * v).sum(2) for w in e.unflatten(-1, v.shape[1:3])], 1))  # (Hk, G, P, D)
-    return (parts.sum(2) / e.sum(-1).T[..., None]).flatten(0, 1)[None]
+    q = kept(q.float() * q.shape[-1] ** -0.5)
+    k, v = (x.transpose(0, 1) for x in (k.float(), v.float().masked_fill(~seen[..., None], 0.0)))  # (P, Hk, J, D)
+    unseen = ~seen.transpose(0, 1)
+    scores = [kept((q_g[:, None] * k).sum(-1).contiguous()).masked_fill(unseen, float("-inf")) for q_g in q.unbind(1)]  # each (P, Hk, J)
+    scores = kept(torch.stack(scores, 1))  # (P, G, Hk, J)
+    e = kept((scores - scores.amax((0, 3), keepdim=True)).exp())
+    parts = kept(torch.stack([(w[..., None] * v).sum(2) for w in e.unbind(1)], 1))  # (P, G, Hk, D)
+    return (parts.sum(0) / e.sum((0, 3))[..., None]).transpose(0, 1).flatten(0, 1)[None]
 
 
 def linear_as_sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
