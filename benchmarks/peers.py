@@ -256,7 +256,7 @@ def check_quality(states: Sequence[State], args: argparse.Namespace, windows: tu
             plain = replace(state.engine, repacked=False)
             again, still = ask(plain)
             if still is None:
-                state.notes.append(f"with weights laid out for this CPU's units it {early.why}, so run without (use_extra_bufts)")
+                state.notes.append(f"as it is by itself it {early.why}; run without laying weights out anew for the CPU's units (use_extra_bufts)")
                 say(f"{state.engine.name}: {state.notes[-1]}")
                 state.engine, lines, early = plain, again, None
         if early is None:

@@ -12,9 +12,11 @@ import logging
 import os
 import platform
 import shutil
+import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,7 @@ from torch.export import Dim
 from dualbranch import block, config, dynamic, layers, packed, routing, runner
 from dualbranch.config import DualBranchConfig
 from dualbranch.convert.names import cache_folder
-from dualbranch.packed import COMPILE_OPTIONS
+from dualbranch.packed import COMPILE_OPTIONS, PREFETCH
 from dualbranch.schema import to_dict
 from kernels import has_bf16_units, spec
 
@@ -134,6 +136,8 @@ def build(model: DualBranchModel, note: Callable[[str], None] = lambda text: Non
             merge_repeated(program)
             path = str(Path(temporary) / f"{name}.pt2")
             options = COMPILE_OPTIONS
+            if _is_gcc(os.environ.get("CXX") or "g++"):  # PyTorch takes flags nowhere but in the value of one that it passes on
+                options = options | {"cpp.enable_floating_point_contract_flag": f"fast {PREFETCH}"}
             if isinstance(step, runner.BlockStep):
                 options = options | (IN_ONE_PIECE if step.chooses else ON_THE_STACK)
             try:
@@ -142,6 +146,11 @@ def build(model: DualBranchModel, note: Callable[[str], None] = lambda text: Non
                 raise ValueError(f"{name} can't be compiled: {str(error).strip()[:300]}") from error
             os.replace(path, folder / f"{name}.pt2")
     (folder / "done").touch()
+
+
+@cache
+def _is_gcc(compiler: str) -> bool:
+    return "Free Software Foundation" in subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
 
 
 def merge_repeated(program: torch.export.ExportedProgram) -> None:

@@ -31,22 +31,21 @@ PER = {4: 8, 8: 4, 16: 1}
 GROUP = 32
 #: Most tokens multiplied by the packed words as they are; for more the matrix is unpacked first.
 FEW = 8
-#: Hidden activations of a feed-forward that are computed at once; where there are more, those of so many tokens (fewer make slow products).
+#: Most hidden activations of a feed-forward that a CPU computes at once, but for those of HIDDEN_TOKENS tokens: fewer make slow products.
 HIDDEN_ELEMENTS = 1 << 20
 HIDDEN_TOKENS = 512
-#: For the C++ compiler (GCC): ask for weights a thousand cycles before they are multiplied. What the processor fetches by itself is some 20 lines ahead,
-#: and reading and arithmetic then come one after the other.
+#: For GCC: ask for weights 900 instructions before they are multiplied. What the processor fetches by itself is some 20 lines ahead, and reading and
+#: arithmetic then come one after the other.
 PREFETCH = "-fprefetch-loop-arrays --param=prefetch-latency=900 --param=simultaneous-prefetches=100 --param=min-insn-to-prefetch-ratio=1 \
 --param=prefetch-min-insn-to-mem-ratio=1"
 #: For PyTorch's compiler: fuse unpacking into the product, however many operators that takes, and a product and a sum into one instruction; and leave
-#: attention as it is written (it would make it a call of scaled_dot_product_attention, which takes twice as long for one query). It takes flags of the
-#: C++ compiler nowhere but in the value of one that it passes on.
+#: attention as it is written (it would make it a call of scaled_dot_product_attention, which takes twice as long for one query).
 COMPILE_OPTIONS = {
     "pattern_matcher": False,
     "realize_opcount_threshold": 1000,
     "realize_reads_threshold": 1000,
     "realize_acc_reads_threshold": 1000,
-    "cpp.enable_floating_point_contract_flag": f"fast {PREFETCH}",
+    "cpp.enable_floating_point_contract_flag": "fast",
 }
 
 
@@ -327,8 +326,8 @@ def _more_rows(n: int) -> int:
 
 
 class PackedFeedForward(FeedForward):
-    """A feed-forward of packed matrices, taken from `ff`. Many tokens go through in slices, whose hidden activations stay in a core's cache; those of a
-    long prompt would go to memory and back five times."""
+    """A feed-forward of packed matrices, taken from `ff`. On a CPU many tokens go through in slices, whose hidden activations stay in its cache where they
+    fit; those of a long prompt would go to memory and back five times."""
 
     def __init__(self, ff: FeedForward) -> None:
         nn.Module.__init__(self)
@@ -337,10 +336,11 @@ class PackedFeedForward(FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         if len(x) <= FEW:
             return super().forward(x)
+        n = max(HIDDEN_TOKENS, HIDDEN_ELEMENTS // self.w_act.matrix.n_rows // HIDDEN_TOKENS * HIDDEN_TOKENS)
+        if len(x) <= n or x.device.type != "cpu":
+            return self.w_down(activate(self.w_act(x), self.activation, inplace=True).mul_(self.w_up(x)))
         act, up, down = (w.matrix.transposed(product_dtype(len(x), x.device)) for w in (self.w_act, self.w_up, self.w_down))
-        n = len(x) if len(x) * act.shape[1] <= HIDDEN_ELEMENTS else HIDDEN_TOKENS
-        parts = [_product(activate(_product(part, act), self.activation, inplace=True).mul_(_product(part, up)), down) for part in x.split(n)]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return torch.cat([_product(activate(_product(part, act), self.activation, inplace=True).mul_(_product(part, up)), down) for part in x.split(n)])
 
 
 def logits_of(norm: nn.Module, out: nn.Module | Tensor, softcap: float | None, x: Tensor) -> Tensor:

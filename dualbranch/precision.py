@@ -77,10 +77,11 @@ def unpack_branches(model: DualBranchModel) -> DualBranchModel:
 
 def _unpacked(module: nn.Module) -> nn.Module:
     """What stands for `module` where nothing is packed; of a feed-forward, its matrices come first."""
-    weights = module.state_dict()
     if isinstance(module, PackedLinear):
         weights = {"weight": module.matrix.transposed().T.contiguous()} | ({} if module.bias is None else {"bias": module.bias})
         plain = nn.Linear(*reversed(weights["weight"].shape), module.bias is not None, device="meta")
+        plain.load_state_dict(weights, assign=True)
+        return plain
     elif isinstance(module, ProductNorm):
         plain = nn.RMSNorm(module.normalized_shape, module.eps, device="meta")
     elif isinstance(module, PackedFeedForward):
@@ -88,7 +89,7 @@ def _unpacked(module: nn.Module) -> nn.Module:
             plain = FeedForward(module.w_act.in_features, module.w_act.out_features, module.activation)
     else:
         return module
-    plain.load_state_dict(weights, assign=True)
+    plain.load_state_dict(module.state_dict(), assign=True)
     return plain
 
 

@@ -69,8 +69,9 @@ def read(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     """Softmax attention of `q (Hk, G, D)` over those of `k, v (Hk, P, J, D)`, P pieces of J keys each, with `seen (Hk or 1, P, J)`, at least one:
     `(1, Hk * G, D)`, fp32.
 
-    Written as sums, a query head at a time, it compiles to loops that read keys and values once, as they lie, a KV head after the other (in turn, they
-    take twice as long to come from memory). Products of matrices with as few rows as G take twice as long, and scaled_dot_product_attention three times.
+    Written as sums, a query head at a time, it compiles to loops that read keys and values once, as they lie, in each piece a KV head after the other (in
+    turn, they take twice as long to come from memory). Products of matrices with as few rows as G take twice as long, scaled_dot_product_attention three
+    times.
     Cores share the pieces: pieces come first, and scores are stored piece by piece before they are masked, or all keys become one loop, in which nothing
     is fetched ahead. Values are divided by the sum of their weights last, so that the exponentials are a loop for all cores.
     """

@@ -336,11 +336,14 @@ def test_bf16_stays_close_to_fp32(way):
     assert_same(out.float(), reference.sparse_attention(q.float(), k.float(), v.float(), whole(90), SPEC), 2e-2)
 
 
+@pytest.mark.parametrize("by_sdpa", [False, True])
 @pytest.mark.parametrize("ratio", [0, 1, 1 << 40])
 @pytest.mark.parametrize(("H", "Hk"), [(4, 2), (3, 1), (9, 3)])
-def test_products_in_bf16_stay_close_to_fp32(monkeypatch, ratio, H, Hk):
+def test_products_in_bf16_stay_close_to_fp32(monkeypatch, ratio, H, Hk, by_sdpa):
     """Where a CPU has units for bf16: packed documents, padding, and a prompt behind what is cached; none of it masked is read."""
     monkeypatch.setattr("kernels.blockwise.common.has_bf16_units", lambda device: True)
+    for module in ("dense", "by_row"):
+        monkeypatch.setattr(f"kernels.blockwise.{module}.has_bf16_sdpa", lambda: by_sdpa)
     monkeypatch.setattr("kernels.blockwise.by_row.SHARED_RATIO_BF16", ratio)
     monkeypatch.setattr("kernels.blockwise.by_row.TILE_QUERIES", 32)
     t = torch.arange(90)
@@ -352,11 +355,12 @@ def test_products_in_bf16_stay_close_to_fp32(monkeypatch, ratio, H, Hk):
     }
     for name, plan in plans.items():
         q, k, v = make(2, 90, plan.n_keys, H, Hk, 8, dtype=torch.bfloat16)
-        expected = reference.sparse_attention(q.float(), k.float(), v.float(), plan, SPEC)
-        with torch.no_grad():
-            out = sparse_attention(q, k, v, plan, SPEC)
-        assert out.dtype == torch.bfloat16
-        assert (out.float() - expected).norm() < 0.01 * expected.norm(), name
+        for spec in (SPEC, SparseSpec(16, 1, 5, 0, 20), SparseSpec(4, 0, 9, 3, 0), SparseSpec(8, 2, 60, 12, 0)):
+            expected = reference.sparse_attention(q.float(), k.float(), v.float(), plan, spec)
+            with torch.no_grad():
+                out = sparse_attention(q, k, v, plan, spec)
+            assert out.dtype == torch.bfloat16
+            assert (out.float() - expected).norm() < 0.01 * expected.norm(), (name, spec)
 
 
 @pytest.mark.parametrize("heads_together", [True, False])
@@ -424,6 +428,8 @@ def test_prefill_of_8k_tokens_makes_no_tensor_of_queries_times_keys(with_grad):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_queries_that_share_a_position_are_no_prefix(monkeypatch, dtype):
+    monkeypatch.setattr("kernels.blockwise.common.has_bf16_units", lambda device: True)
+    monkeypatch.setattr("kernels.blockwise.dense.has_bf16_sdpa", lambda: True)
     monkeypatch.setattr("kernels.blockwise.sparse.MASKED_ELEMENTS", 0)  # row by row
     generator = torch.Generator().manual_seed(0)
     positions = torch.cat([torch.tensor([0, 2, 2]), torch.arange(3, 60)])[None]  # as many dense ones as the last of them stands far

@@ -34,7 +34,7 @@ class _DenseChunk(NamedTuple):
     lo: int  # keys [lo, hi) cover what the chunk sees
     hi: int
     is_prefix: bool  # query i stands at position i of the row, its document starts there
-    rising: list[tuple[slice, int, Tensor]] | None  # `rising_chunks` where the row is one document and products are in bf16
+    rising: list[tuple[slice, int, Tensor | None]] | None  # `rising_chunks` where the row is one document and products are in bf16
 
 
 class _Tile(NamedTuple):

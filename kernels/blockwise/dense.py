@@ -41,7 +41,7 @@ def rising_chunks(q_pos: Tensor) -> list[tuple[slice, int, Tensor | None]]:
     """Chunks of queries at rising positions q_pos (T,): which ones, the last key that one of them sees, and a bias in bf16 for keys up to it, -inf where
     a query does not see it; earlier keys than it has columns are seen by all. Where SDPA computes them, neighbours are one chunk without a bias."""
     by_sdpa = has_bf16_sdpa()
-    if by_sdpa and int(q_pos[-1]) - int(q_pos[0]) == len(q_pos) - 1:
+    if by_sdpa and bool((q_pos.diff() == 1).all()):
         return [(slice(0, len(q_pos)), int(q_pos[-1]), None)]
     chunks, size = [], RISING_QUERIES_SDPA if by_sdpa else RISING_QUERIES
     for t0 in range(0, len(q_pos), size):
