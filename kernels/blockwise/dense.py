@@ -78,7 +78,7 @@ def _chunk_by_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tens
         return sdpa(q, k, v, F.pad(bias, (k.shape[1] - bias.shape[1], 0))[None, None])
     B, T, H, D = q.shape
     Hk, n = k.shape[2], k.shape[1] - T
-    q = q.view(B, T, Hk, H // Hk, D).permute(0, 2, 3, 1, 4).reshape(B * Hk, H // Hk, T, D)
+    q = q.unflatten(2, (Hk, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (B * Hk, G, T, D)
     k, v = (x.transpose(1, 2).reshape(B * Hk, 1, n + T, D).expand(-1, H // Hk, -1, -1) for x in (k, v))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # SDPA's, with the logarithm of the sum of weights, (B * Hk, G, T)
     out, log_sum = flash(q, k[:, :, n:], v[:, :, n:], is_causal=True)
