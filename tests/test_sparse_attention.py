@@ -32,6 +32,7 @@ def way(request, monkeypatch):
 
 
 def set_way(monkeypatch, name):
+    monkeypatch.setattr("kernels.blockwise.sparse.FEW_QUERIES", 8)
     monkeypatch.setattr("kernels.blockwise.sparse.MASKED_ELEMENTS", WAYS[name][0])
     monkeypatch.setattr("kernels.blockwise.by_row.SHARED_RATIO", WAYS[name][1])
     monkeypatch.setattr("kernels.blockwise.by_row.FILLED", WAYS[name][2])
