@@ -14,7 +14,7 @@ from kernels.reference import pool_keys
 from kernels.spec import AttentionPlan, SparseSpec
 
 MASKED_ELEMENTS = 1 << 19  # rows with T * S up to this take the masked way
-FEW_QUERIES = 32  # calls with up to this many queries per row go by index or gather
+FEW_QUERIES = 24  # calls with up to this many queries per row go by index or gather
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: Tensor | None = None) -> Tensor:
