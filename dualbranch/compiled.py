@@ -27,7 +27,7 @@ from torch.export import Dim
 from dualbranch import block, config, dynamic, layers, packed, routing, runner
 from dualbranch.config import DualBranchConfig
 from dualbranch.convert.names import cache_folder
-from dualbranch.packed import COMPILE_OPTIONS, PREFETCH
+from dualbranch.packed import COMPILE_OPTIONS
 from dualbranch.schema import to_dict
 from kernels import has_bf16_units, spec
 
@@ -41,6 +41,11 @@ logger = logging.getLogger(__name__)
 ON_THE_STACK = {"aot_inductor.allow_stack_allocation": True}
 #: For steps that choose blocks: topk is a call of PyTorch, for which nothing may lie on the stack. One allocation instead of 44.
 IN_ONE_PIECE = {"memory_planning": True}
+
+#: For GCC: ask for weights 900 instructions before they are multiplied. What the processor fetches by itself is some 20 lines ahead, and reading and
+#: arithmetic then come one after the other.
+PREFETCH = "-fprefetch-loop-arrays --param=prefetch-latency=900 --param=simultaneous-prefetches=100 --param=min-insn-to-prefetch-ratio=1 \
+--param=prefetch-min-insn-to-mem-ratio=1"
 
 #: The code of the steps, with this module's; a change to any of them makes new libraries.
 SOURCES = (runner, packed, dynamic, block, layers, routing, config, spec)

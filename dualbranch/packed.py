@@ -34,10 +34,6 @@ FEW = 8
 #: Most hidden activations of a feed-forward that a CPU computes at once, but for those of HIDDEN_TOKENS tokens: fewer make slow products.
 HIDDEN_ELEMENTS = 1 << 20
 HIDDEN_TOKENS = 512
-#: For GCC: ask for weights 900 instructions before they are multiplied. What the processor fetches by itself is some 20 lines ahead, and reading and
-#: arithmetic then come one after the other.
-PREFETCH = "-fprefetch-loop-arrays --param=prefetch-latency=900 --param=simultaneous-prefetches=100 --param=min-insn-to-prefetch-ratio=1 \
---param=prefetch-min-insn-to-mem-ratio=1"
 #: For PyTorch's compiler: fuse unpacking into the product, however many operators that takes, and a product and a sum into one instruction; and leave
 #: attention as it is written (it would make it a call of scaled_dot_product_attention, which takes twice as long for one query).
 COMPILE_OPTIONS = {
