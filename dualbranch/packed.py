@@ -205,26 +205,28 @@ class PackedMatrix(nn.Module):
         """`x (M, K) @ matrix^T (K, N)` for few rows, without unpacking: `(M, N)` fp32. Meant to be compiled."""
         bits, words = self.bits, self.words
         per, half = PER[bits], 1 << (bits - 1)
-        x = kept(F.pad(x, (0, self.words.shape[1] * per - self.n_columns)))
-        columns = split_columns(x, bits).unbind(2)  # per times (M, C)
+        x = kept(F.pad(x, (0, words.shape[1] * per - self.n_columns)))
+        scaled = kept(x * _field_scales(x.shape[1], bits, x.device)) if bits < 16 else x
         if bits == 16:
-            fields, scaled = [words.float()], columns
-        else:
-            fields = raw_fields(words, bits)
-            scaled = split_columns(kept(x * _field_scales(x.shape[1], bits, x.device)), bits).unbind(2)
-        sums = [sum(f * s[m, :, None] for f, s in zip(fields, scaled, strict=True)) for m in range(len(x))]  # each (N' / L, C, L)
-        if bits == 16:
-            y = torch.stack([s.sum(1).flatten() for s in sums])
+            sums = _sum_over_fields([words.float()], (x,))
         elif bits == 8:
-            above = half * sum(columns[:-1]).sum(1, keepdim=True)  # what the unsigned fields have too much
-            y = (torch.stack([s.sum(1).flatten() for s in sums]) - above) * self.scales
+            sums = _sum_over_fields(raw_fields(words, 8), split_columns(scaled, 8).unbind(2))
         else:
-            low, scale = (s.float()[:, :, None] for s in self.scales)  # (N' / L, G, 1, L)
-            total, missing = sum(columns), half * columns[-1]
-            by_group = (len(words), low.shape[1], -1, LANES)
-            sums = [(s + missing[m, :, None]).view(by_group) * scale + total[m].view(1, by_group[1], -1, 1) * low for m, s in enumerate(sums)]
-            y = torch.stack([s.sum((1, 2)).flatten() for s in sums])
+            fields = [f for w in words.unflatten(1, (-1, GROUP // per)).unbind(2) for f in raw_fields(w, 4)]  # of a group, all in one turn of the loop
+            sums = _sum_over_fields(fields, scaled.unflatten(1, (-1, GROUP)).unbind(2))  # each (N' / L, G, L)
+            groups, (low, scale) = x.unflatten(1, (-1, GROUP)), self.scales.float()
+            total, missing = kept(groups.sum(-1)), kept(half * groups[..., per - 1 :: per].sum(-1))  # (M, G)
+            sums = [(s + missing[m, :, None]) * scale + total[m, :, None] * low for m, s in enumerate(sums)]
+        y = torch.stack([s.sum(1).flatten() for s in sums])
+        if bits == 8:
+            above = half * x[:, : -words.shape[1]].sum(1, keepdim=True)  # what the unsigned fields have too much
+            y = (y - above) * self.scales
         return y[:, : self.n_rows]
+
+
+def _sum_over_fields(fields: list[Tensor], columns: tuple[Tensor, ...]) -> list[Tensor]:
+    """For each of M tokens, the `fields (N' / L, C, L)`, each times its `columns (M, C)`, added up: M times `(N' / L, C, L)`."""
+    return [sum(f * c[m, :, None] for f, c in zip(fields, columns, strict=True)) for m in range(len(columns[0]))]
 
 
 def _field_scales(n_columns: int, bits: int, device: torch.device) -> Tensor:
