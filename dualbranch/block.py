@@ -53,17 +53,25 @@ class Branch(nn.Module):
         self.ff = FeedForward(c.d_model, d_ff, c.activation)
         self.ff_post_norm = nn.RMSNorm(c.d_model, c.norm_eps) if c.post_norms else nn.Identity()
 
-    def attend(self, h: Tensor, group: TokenGroup, k: Tensor, v: Tensor, pooled: Tensor | None) -> Tensor:
-        """Head outputs `(N, H * D)` before the output matrix, for normed inputs `h (N, E)`."""
+    def queries(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Normed inputs `h (N, E)` to rotated queries `(N, H, D)`."""
         q = self.q_norm(self.w_q(h).unflatten(-1, (self.n_heads, -1)))
         if self.q_scale is not None:
             q = q * self.q_scale
-        return group.attend(apply_rope(q, *group.angles(self.sliding)), k, v, pooled, self.reads).flatten(1)
+        return apply_rope(q, cos, sin)
+
+    def attend(self, h: Tensor, group: TokenGroup, k: Tensor, v: Tensor, pooled: Tensor | None) -> Tensor:
+        """Head outputs `(N, H * D)` before the output matrix, for normed inputs `h (N, E)`."""
+        return group.attend(self.queries(h, *group.angles(self.sliding)), k, v, pooled, self.reads).flatten(1)
+
+    def rest(self, x: Tensor, heads: Tensor) -> Tensor:
+        """What follows attention: residual stream in `(N, E)` and head outputs `(N, H * D)` to residual stream out."""
+        x = x + self.attn_post_norm(self.w_o(heads))
+        return x + self.ff_post_norm(self.ff(self.ff_norm(x)))
 
     def forward(self, x: Tensor, h: Tensor, group: TokenGroup, k: Tensor, v: Tensor, pooled: Tensor | None) -> Tensor:
         """The whole block as this branch computes it: residual stream in `(N, E)`, residual stream out."""
-        x = x + self.attn_post_norm(self.w_o(self.attend(h, group, k, v, pooled)))
-        return x + self.ff_post_norm(self.ff(self.ff_norm(x)))
+        return self.rest(x, self.attend(h, group, k, v, pooled))
 
 
 class Block(nn.Module):

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from dualbranch import block, config, dynamic, layers, packed, routing, runner
+from dualbranch import block, config, dynamic, layers, packed, prompt, routing, runner
 from dualbranch.config import DualBranchConfig
 from dualbranch.convert.names import cache_folder
 from dualbranch.packed import COMPILE_OPTIONS
@@ -48,7 +48,7 @@ PREFETCH = "-fprefetch-loop-arrays --param=prefetch-latency=900 --param=simultan
 --param=prefetch-min-insn-to-mem-ratio=1"
 
 #: The code of the steps, with this module's; a change to any of them makes new libraries.
-SOURCES = (runner, packed, dynamic, block, layers, routing, config, spec)
+SOURCES = (runner, prompt, packed, dynamic, block, layers, routing, config, spec)
 #: Settings that no step depends on.
 FREE = ("n_layers", "n_stem", "n_tail", "max_seq_len", "rope_theta", "rope_scaling", "d_gate")
 
@@ -189,9 +189,10 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
     if isinstance(step, packed.Normed):
         return (torch.ones(40, c.d_model), torch.ones(c.d_model)), (of_rows, None)
     x = torch.zeros(1, c.d_model)
-    if isinstance(step, runner.EndStep):
+    if isinstance(step, prompt.Part):
+        args, dynamic_args = _example_of_part(model, step.how[0])
         weights = step.weights_of(step.how[0])
-        return (weights, torch.zeros(1, dtype=torch.int64) if step.how[0] is model.embed else x), (dict.fromkeys(weights), None)
+        return (weights, *args), (dict.fromkeys(weights), dynamic_args)
     weights = step.weights_of(step.how[0])
     cos_sin = torch.zeros(2, 1, 1, c.rotary_dim or c.head_dim).unbind(0)
     k, v = torch.zeros(2, 1, c.n_kv_heads, 130 * c.sparse.block_size, c.head_dim, dtype=model.cache_dtype).unbind(0)
@@ -200,3 +201,18 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
     capacity = c.sparse.block_size * room
     args = (weights, x, *(t.clone() for t in (*cos_sin, k, v)), pooled, torch.zeros(70), torch.tensor([69 * c.sparse.block_size]))
     return args, (dict.fromkeys(weights), None, None, None, {2: capacity}, {2: capacity}, {1: n_blocks}, {0: begun}, None)
+
+
+def _example_of_part(model: DualBranchModel, part: torch.nn.Module) -> tuple[tuple[Tensor, ...], tuple]:
+    """What a `prompt.Part` of `part` takes besides weights, and which sizes vary."""
+    c, n = model.config, 40
+    if part is model.embed:
+        return (torch.zeros(1, dtype=torch.int64),), (None,)
+    if not isinstance(part, (block.KVProjection, prompt.Queries, prompt.Rest)):
+        return (torch.zeros(1, c.d_model),), (None,)  # logits
+    of_products = partial(torch.zeros, dtype=packed.product_dtype(n, model.device))
+    tokens = {0: Dim("n_tokens", min=packed.FEW + 1, max=1 << 20)}
+    if isinstance(part, prompt.Rest):
+        return (torch.zeros(n, c.d_model), of_products(n, part.w_o.matrix.n_columns)), (tokens, tokens)
+    angles = of_products(2, n, 1, c.rotary_dim or c.head_dim).unbind(0)
+    return (of_products(n, c.d_model), *(x.clone() for x in angles)), (tokens, tokens, tokens)

@@ -135,6 +135,7 @@ class GraphRunner:
 
     def __init__(self, model: DualBranchModel, record: Record | None = None) -> None:
         self.model, self.record = model, record or partial(cuda_graph, model.device)
+        self.blocks = model.blocks  # for many tokens
         self.steps: dict[tuple[int, int], Step] = {}  # by new tokens and keys
         self.place: tuple[int, ...] = ()  # where the cache's tensors lie
 

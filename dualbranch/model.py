@@ -196,23 +196,24 @@ class DualBranchModel(nn.Module):
         if last_only and T > 1 and c.n_layers - 1 not in c.dual_layers:
             last = grid.subset(torch.arange(B, device=tokens.device) * T + (n_new - 1).clamp(min=0).to(tokens.device))
         x = self.embed(tokens).flatten(0, 1)  # (B * T, E)
+        blocks = self.blocks if self.runner is None else self.runner.blocks
 
         def ordinary_layers(x: Tensor, begin: int, end: int) -> Tensor:
             for i in range(begin, end):
-                x = self.blocks[i](x, all_slow, keys.layer(i, None), last if i == c.n_layers - 1 else None)
+                x = blocks[i](x, all_slow, keys.layer(i, None), last if i == c.n_layers - 1 else None)
             return x
 
         x = ordinary_layers(x, 0, c.n_stem)
         g, use_slow = self._decide(lambda: self.gate(x), route, budget, threshold, (B, T))
         if isinstance(route, str) and route == "soft" and g is not None:
             for i in c.dual_layers:
-                x = self.blocks[i].mix(x, whole, keys.layer(i, None), g.flatten())
+                x = blocks[i].mix(x, whole, keys.layer(i, None), g.flatten())
         else:
             partition = all_slow if use_slow is None else self._partition(grid, whole, route, use_slow)
             if partition.order is not None:
                 x = x.index_select(0, partition.order)
             for i in c.dual_layers:
-                x = self.blocks[i](x, partition, keys.layer(i, partition.order))
+                x = blocks[i](x, partition, keys.layer(i, partition.order))
             if partition.order is not None:
                 x = x.new_zeros(B * T, c.d_model).index_copy(0, partition.order, x)
         x = ordinary_layers(x, c.n_layers - c.n_tail, c.n_layers)

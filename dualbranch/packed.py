@@ -187,7 +187,8 @@ class PackedMatrix(nn.Module):
 
     def transposed(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix, unpacked: `(K, N)`."""
-        return self.unpack(self.words, self.scales, dtype).flatten(1)[: self.n_columns, : self.n_rows]
+        unpack = partial(transposed, self.bits) if torch.compiler.is_compiling() else self.unpack
+        return unpack(self.words, self.scales, dtype).flatten(1)[: self.n_columns, : self.n_rows]
 
     def integers(self) -> Tensor:
         """The matrix at 8 bits without its scales, padded: `(K', N')` int8."""
@@ -292,7 +293,9 @@ class ProductNorm(nn.RMSNorm):
         self.weight, self.step = norm.weight, Normed(norm.eps).forward
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if product_dtype(len(x), x.device) == torch.float32 else self.step(x, self.weight)
+        if product_dtype(x.shape[0], x.device) == torch.float32:
+            return super().forward(x)
+        return (Normed(self.eps) if torch.compiler.is_compiling() else self.step)(x, self.weight)
 
     def _apply(self, fn, recurse: bool = True) -> ProductNorm:
         super()._apply(fn, recurse)
@@ -303,39 +306,40 @@ class ProductNorm(nn.RMSNorm):
 def multiply(matrix: PackedMatrix, x: Tensor) -> Tensor:
     """`x (..., K)` times the transposed matrix: `(..., N)`. In `product_dtype`."""
     flat = x.flatten(0, -2)
-    if len(flat) <= FEW and torch.compiler.is_compiling():
+    if flat.shape[0] <= FEW and torch.compiler.is_compiling():
         y = matrix.product(flat)
     else:
-        y = _product(flat, matrix.transposed(product_dtype(len(flat), x.device)))
+        y = _product(flat, matrix.transposed(product_dtype(flat.shape[0], x.device)))
     return y.unflatten(0, x.shape[:-1])
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """`x (M, K) @ weight (K, N)` in the dtype of `weight`."""
+    more = 0 if torch.compiler.is_compiling() else more_rows(len(x), weight)  # who compiles has seen to it
     x = x.to(weight.dtype)
-    more = _more_rows(len(x)) if weight.dtype == torch.bfloat16 and x.device.type == "cpu" else 0
     return (F.pad(x, (0, 0, 0, more)) @ weight)[: len(x)] if more else x @ weight
 
 
-def _more_rows(n: int) -> int:
-    """How many rows make n a multiple of 16, from 256 on of a power of two between a sixteenth and an eighth of n: PyTorch's products in bf16 on a CPU keep
-    0.7 MB for every shape they meet (oneDNN's code), and take longer to make it than such rows take."""
-    return -n % (1 << max(4, n.bit_length() - 4))
+def more_rows(n: int, like: Tensor) -> int:
+    """How many rows a product of n rows, in the dtype and on the device of `like`, had better have in addition: a multiple of 16, from 256 on of a power of
+    two between a sixteenth and an eighth of n. PyTorch's products in bf16 on a CPU keep 0.7 MB for every shape they meet (oneDNN's code), and take longer to
+    make it than such rows take."""
+    return -n % (1 << max(4, n.bit_length() - 4)) if like.dtype == torch.bfloat16 and like.device.type == "cpu" else 0
 
 
 class PackedFeedForward(FeedForward):
-    """A feed-forward of packed matrices, taken from `ff`. On a CPU many tokens go through in slices, whose hidden activations stay in its cache where they
-    fit; those of a long prompt would go to memory and back five times."""
+    """A feed-forward of packed matrices, taken from `ff`. On a CPU, not compiled, many tokens go through in slices, whose hidden activations stay in its
+    cache where they fit; those of a long prompt would go to memory and back five times."""
 
     def __init__(self, ff: FeedForward) -> None:
         nn.Module.__init__(self)
         self.w_act, self.w_up, self.w_down, self.activation = ff.w_act, ff.w_up, ff.w_down, ff.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) <= FEW:
+        if x.shape[0] <= FEW:
             return super().forward(x)
         n = max(HIDDEN_TOKENS, HIDDEN_ELEMENTS // self.w_act.matrix.n_rows // HIDDEN_TOKENS * HIDDEN_TOKENS)
-        if len(x) <= n or x.device.type != "cpu":
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or len(x) <= n:
             return self.w_down(activate(self.w_act(x), self.activation, inplace=True).mul_(self.w_up(x)))
         act, up, down = (w.matrix.transposed(product_dtype(len(x), x.device)) for w in (self.w_act, self.w_up, self.w_down))
         return torch.cat([_product(activate(_product(part, act), self.activation, inplace=True).mul_(_product(part, up)), down) for part in x.split(n)])

@@ -203,9 +203,11 @@ def ablated(model: DualBranchModel, branch: str, replaced_by: str) -> Iterator[N
         return x if replaced_by == "zero" or not len(x) else x + (out - x).mean(0)
 
     handles = [getattr(model.blocks[i], branch).register_forward_hook(hook) for i in model.config.dual_layers]
+    runner, model.runner = model.runner, None  # it runs parts of branches, and would pass the hooks by
     try:
         yield
     finally:
+        model.runner = runner
         for handle in handles:
             handle.remove()
 

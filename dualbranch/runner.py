@@ -22,6 +22,7 @@ from dualbranch import dynamic
 from dualbranch.block import Block
 from dualbranch.cache import KVCache
 from dualbranch.packed import Normed, PackedMatrix, ProductNorm, kept, logits_of, transposed
+from dualbranch.prompt import Part, PromptBlock, plain_parts
 from dualbranch.routing import Angles, Partition, goes_slow
 from kernels import SparseSpec, has_bf16_units
 
@@ -157,20 +158,6 @@ class BlockStep(nn.Module):
         x.copy_(functional_call(self.how[0], weights, (x, partition, store)))
 
 
-class EndStep(nn.Module):
-    """What stands before or behind the blocks, `end`, with the weights it is given: embedding `(1,) -> (1, E)`, or final norm and head `(1, E) -> (1, V)`."""
-
-    def __init__(self, end: nn.Module) -> None:
-        super().__init__()
-        self.how = (end,)
-
-    def weights_of(self, end: nn.Module) -> dict[str, Tensor]:
-        return {name: t.detach() for name, t in (*end.named_parameters(), *end.named_buffers())}
-
-    def forward(self, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(self.how[0], weights, (x,))
-
-
 class _Head(nn.Module):
     def __init__(self, model: DualBranchModel) -> None:
         super().__init__()
@@ -203,7 +190,7 @@ def unpack_name(bits: int, dtype: torch.dtype) -> str:
 
 
 def plain_steps(model: DualBranchModel) -> dict[str, nn.Module]:
-    """Every step that running `model` may need, uncompiled: of its blocks by name, `embed`, `logits`, and `unpackB` of each packed width B,
+    """Every step that running `model` may need, uncompiled: of its blocks by name, `embed`, `logits`, `prompt.py`'s parts, `unpackB` of each packed width B,
     where the CPU has units for bf16 also `unpackB-bf16` and the norms before their products, `norm`; of dynamic feed-forwards `unpack8-int8` and theirs."""
     steps: dict[str, nn.Module] = {}
     for block in model.blocks:
@@ -212,7 +199,7 @@ def plain_steps(model: DualBranchModel) -> dict[str, nn.Module]:
                 for n_keys in (1, MANY):
                     name = step_name(block, slow, n_keys)
                     steps.setdefault(name, BlockStep(block, slow, name.endswith("sparse"), model.config.sparse.block_size))
-    steps |= {"embed": EndStep(model.embed), "logits": EndStep(_Head(model))}
+    steps |= {"embed": Part(model.embed), "logits": Part(_Head(model))} | plain_parts(model)
     for bits in sorted({m.bits for m in model.modules() if isinstance(m, PackedMatrix)}):
         for dtype in (torch.float32, torch.bfloat16)[: 1 + has_bf16_units(model.device)]:
             steps[unpack_name(bits, dtype)] = Unpack(bits, dtype)
@@ -233,12 +220,14 @@ class Layer(NamedTuple):
 
 
 class Runner:
-    """Runs single tokens of single rows of `model`, on a CPU in fp32, through `steps`: those of `plain_steps`, or the same compiled. Mutates nothing
-    but that packed matrices unpack themselves by the steps given, and norms before products and dynamic feed-forwards run theirs."""
+    """Runs single tokens of single rows of `model`, on a CPU in fp32, through `steps`: those of `plain_steps`, or the same compiled. `blocks` are the
+    model's, for many tokens. Mutates nothing but that packed matrices unpack themselves by the steps given, and norms before products and dynamic
+    feed-forwards run theirs."""
 
     def __init__(self, model: DualBranchModel, steps: Mapping[str, Callable]) -> None:
         plain, c = plain_steps(model), model.config
         self.model, self.steps = model, steps
+        self.blocks = [PromptBlock(block, steps) for block in model.blocks]
         self.layers = [{slow: self._layer(block, slow) for slow in (True, False) if (block.slow if slow else block.fast) is not None} for block in model.blocks]
         self.embed = partial(steps["embed"], plain["embed"].weights_of(model.embed))
         self.logits = partial(steps["logits"], plain["logits"].weights_of(_Head(model)))

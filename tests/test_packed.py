@@ -1,5 +1,7 @@
 """Packed matrices: what they hold, what they compute, and that nothing but rounding happens to the weights."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import make_tiny_model, make_tiny_tokenizer
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from dualbranch import packed as packed_module
 from dualbranch.checkpoint import load_checkpoint, save_checkpoint
 from dualbranch.layers import FeedForward
-from dualbranch.packed import FEW, GROUP, PackedEmbedding, PackedFeedForward, PackedLinear, PackedMatrix, ProductNorm, _more_rows, multiply
+from dualbranch.packed import FEW, GROUP, PackedEmbedding, PackedFeedForward, PackedLinear, PackedMatrix, ProductNorm, more_rows, multiply
 from dualbranch.precision import BITS, parse_precision, quantize, unpack_branches
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 100))
@@ -175,8 +177,10 @@ def test_many_tokens_are_multiplied_in_bf16_only_where_there_are_units_for_it(bi
 
 
 def test_products_in_bf16_meet_few_shapes():
-    assert len({n + _more_rows(n) for n in range(FEW + 1, 2049)}) == 40
-    assert all(_more_rows(n) < max(16, n / 8) for n in range(1, 5000)) and _more_rows(2048) == 0
+    more = partial(more_rows, like=torch.zeros(1, dtype=torch.bfloat16))
+    assert len({n + more(n) for n in range(FEW + 1, 2049)}) == 40
+    assert all(more(n) < max(16, n / 8) for n in range(1, 5000)) and more(2048) == 0
+    assert more_rows(17, torch.zeros(1)) == 0, "others keep nothing"
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "geglu"])

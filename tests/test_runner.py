@@ -15,7 +15,9 @@ from dualbranch import compiled, memory
 from dualbranch.cache import CacheFull
 from dualbranch.compiled import PREFETCH, build, merge_repeated, steps_folder, unavailable
 from dualbranch.model import DualBranchModel
+from dualbranch.packed import FEW
 from dualbranch.precision import quantize
+from dualbranch.prompt import Part, parts_of, run_step
 from dualbranch.runner import Runner, plain_steps, read, sparse_blocks
 from kernels import AttentionPlan, SparseSpec, has_bf16_units
 from kernels.reference import pool_keys, select_blocks, sparse_mask
@@ -26,7 +28,7 @@ DIALECTS = {
     "more blocks than there are": {"sparse": SparseSpec(block_size=4, n_selected_blocks=30, window=5, n_sinks=0, dense_len=8)},
     "sinks in a block, odd window": {"sparse": SparseSpec(block_size=8, n_selected_blocks=2, window=7, n_sinks=5, dense_len=10)},
     "one kv head, normed queries": {"n_kv_heads": 1, "qk_norm": True, "qkv_bias": True},
-    "sliding layers": {"sliding_layers": (1, 2), "sliding_window": 10, "sliding_rope_theta": 1e4},
+    "sliding layers": {"sliding_layers": (1, 2), "sliding_window": 10, "sliding_rope_theta": 50.0},
     "gemma": {"post_norms": True, "embed_scale": 5.5, "logit_softcap": 3.0, "activation": "geglu", "attn_scale": 0.2, "tie_embeddings": True},
     "partial rotary": {"rotary_dim": 4},
 }
@@ -222,19 +224,30 @@ def test_compiled_and_quantized_it_computes_the_same(monkeypatch, tmp_path):
     monkeypatch.setattr(DualBranchModel, "cache_dtype", torch.float32)  # in bf16, sums in another order round some keys and values the other way
     tok = make_tiny_tokenizer()
     tokens = torch.randint(10, 400, (1, 90), generator=torch.Generator().manual_seed(1))
-    model = quantize(make_tiny_model(tok.vocab_size), "int8-dynamic", tok)
+    model = quantize(make_tiny_model(tok.vocab_size), "slow=int8-dynamic,fast=int8,head=int8", tok)
     routes = {"slow": {}, "fast": {}, "auto": {"budget": 0.5}}
     expected = {route: decode(model, tokens, 5, route, **how)[0] for route, how in routes.items()}
-    names, n = [], 10 + 2 * has_bf16_units(model.device)
+    names, n = [], 14 + 2 * has_bf16_units(model.device)
     build(model, names.append)
-    assert len(names) == len(plain_steps(model)) == n  # slow, fast, fast-sparse, embed, logits, unpacking to each dtype, norms, between 8-bit products
+    # slow, fast, fast-sparse, embed, logits, keys, queries of both, rest of fast, unpacking to each dtype, norms, between 8-bit products
+    assert len(names) == len(plain_steps(model)) == n
     build(model, names.append)
     assert len(names) == n, "what is built is built again"
+    plain = plain_steps(model)
     assert model.compile_decode()
     for route, how in routes.items():
         for n_tokens in (50, 90):  # two capacities, both sides of dense_len
             for a, b in zip(decode(model, tokens[:, :n_tokens], 5, route, **how)[0], expected[route], strict=False):
                 torch.testing.assert_close(a.logits, b.logits, rtol=1e-4, atol=2e-5)
+    parts = {name: module for name, module in parts_of(model.blocks[1]).items() if name in model.runner.steps}
+    assert set(parts) == {"keys", "queries-slow", "queries-fast", "rest-fast"}
+    for name, module in parts.items():
+        for n_tokens in (FEW + 1, 32, 70):  # rounding aside, whole prompts would differ by the blocks that they choose
+            is_rest, generator = name.startswith("rest"), torch.Generator().manual_seed(n_tokens)
+            shapes = [(32,), (module.w_o.matrix.n_columns,)] if is_rest else [(32,), (1, 8), (1, 8)]
+            args = [torch.randn(n_tokens, *shape, generator=generator) for shape in shapes]
+            found, wanted = (run_step(steps[name], Part(module).weights_of(module), is_rest, *args) for steps in (model.runner.steps, plain))
+            torch.testing.assert_close(found, wanted, rtol=1e-2, atol=2e-2 if has_bf16_units(model.device) else 1e-4)
 
 
 @pytest.mark.skipif(unavailable(make_tiny_model(400)) is not None, reason="no C++ compiler")

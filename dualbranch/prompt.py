@@ -1,0 +1,123 @@
+"""What many tokens go through at once, as code to compile: a layer's keys and values, its queries, and all that follows its attention.
+
+In PyTorch's own operators these are a dozen to the product, each of which reads and writes the tokens; and few tokens wait for Python. `plain_parts` are
+the parts as modules, `PromptBlock` is a block that runs them, or the same compiled (`runner.py`), where its matrices are packed. Attention stays outside:
+its operators depend on who reads what (`kernels`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dualbranch.block import Block, Branch
+from dualbranch.packed import FEW, PackedFeedForward, PackedLinear, more_rows, product_dtype
+
+if TYPE_CHECKING:
+    from dualbranch.model import DualBranchModel
+
+
+class Part(nn.Module):
+    """A module of a model as a step: called with the weights it is to compute with, those of `weights_of` a module like it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.how = (module,)  # in a tuple it is no submodule: its weights are not this module's
+
+    def weights_of(self, module: nn.Module) -> dict[str, Tensor]:
+        return {name: t.detach() for name, t in (*module.named_parameters(), *module.named_buffers())}
+
+    def forward(self, weights: dict[str, Tensor], *args: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return functional_call(self.how[0], weights, args)
+
+
+class Queries(nn.Module):
+    """The queries of a branch, with the modules they need: `h (N, E)`, `cos, sin (N, 1, R)` to `(N, H, D)`."""
+
+    def __init__(self, branch: Branch) -> None:
+        super().__init__()
+        self.w_q, self.q_norm, self.n_heads, self.q_scale = branch.w_q, branch.q_norm, branch.n_heads, branch.q_scale
+
+    forward = Branch.queries
+
+
+class Rest(nn.Module):
+    """What follows attention in a branch, with the modules it needs: `x (N, E)` and head outputs `(N, H * D)` to `(N, E)`."""
+
+    def __init__(self, branch: Branch) -> None:
+        super().__init__()
+        self.w_o, self.attn_post_norm, self.ff_norm, self.ff, self.ff_post_norm = (
+            branch.w_o, branch.attn_post_norm, branch.ff_norm, branch.ff, branch.ff_post_norm
+        )
+
+    forward = Branch.rest
+
+
+def parts_of(block: Block) -> dict[str, nn.Module]:
+    """The parts of `block` that many tokens go through as steps: those whose matrices are packed."""
+    parts: dict[str, nn.Module] = {}
+    if isinstance(block.kv.w_k, PackedLinear):
+        parts["keys"] = block.kv
+    for name in ("slow", "fast"):
+        branch = getattr(block, name)
+        if branch is not None and isinstance(branch.w_q, PackedLinear):
+            parts[f"queries-{name}"] = Queries(branch)
+            if type(branch.ff) is PackedFeedForward:  # a dynamic one has steps of its own
+                parts[f"rest-{name}"] = Rest(branch)
+    return parts
+
+
+def plain_parts(model: DualBranchModel) -> dict[str, Part]:
+    """Every part that prompts of `model` go through, by name, uncompiled."""
+    return {name: Part(module) for block in model.blocks for name, module in parts_of(block).items()}
+
+
+class PromptBlock:
+    """`block` for many tokens, through `steps`: those of `plain_parts`, or the same compiled. What is not among them, and few tokens, the block computes
+    itself; all that is asked of a block can be asked of this. Its weights are the block's as they were."""
+
+    def __init__(self, block: Block, steps: Mapping[str, Callable]) -> None:
+        run = {name: partial(run_step, steps[name], Part(module).weights_of(module), isinstance(module, Rest)) for name, module in parts_of(block).items()}
+        self.sliding, self.attn_norm = block.sliding, block.attn_norm
+        self.kv = _either(block.kv, run.get("keys"))
+        self.slow, self.fast = (
+            None if branch is None else PromptBranch(branch, run.get(f"queries-{name}"), run.get(f"rest-{name}"))
+            for name, branch in (("slow", block.slow), ("fast", block.fast))
+        )
+
+    __call__ = Block.forward
+    mix = Block.mix
+
+
+class PromptBranch:
+    """A branch of a `PromptBlock`, through its steps `queries` and `rest` where there are such."""
+
+    def __init__(self, branch: Branch, queries: Callable | None, rest: Callable | None) -> None:
+        self.sliding, self.reads = branch.sliding, branch.reads
+        self.queries, self.rest = _either(branch.queries, queries), _either(branch.rest, rest)
+
+    __call__ = Branch.forward
+    attend = Branch.attend
+
+
+def _either(plain: Callable, step: Callable | None) -> Callable:
+    """`step`, if there is one, for many tokens; `plain` for few."""
+    return plain if step is None else lambda tokens, *others: (plain if len(tokens) <= FEW else step)(tokens, *others)
+
+
+def run_step(step: Callable, weights: dict[str, Tensor], residual: bool, *args: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """What `step` gives for the N tokens of `args (N, ...)`, of which the first may be the residual stream (fp32). Compiled, it takes nothing but contiguous
+    tensors of the dtypes it was compiled with; rows are added where products want them."""
+    n = len(args[0])
+    dtype = product_dtype(n, args[0].device)
+    of_products = [x.to(dtype) for x in args[residual:]]
+    more = more_rows(n, of_products[0])
+    found = step(weights, *((F.pad(x, (0, 0) * (x.dim() - 1) + (0, more)) if more else x).contiguous() for x in (*args[:residual], *of_products)))
+    if not more:
+        return found
+    return found[:n] if isinstance(found, Tensor) else tuple(x[:n] for x in found)

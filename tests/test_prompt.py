@@ -1,0 +1,100 @@
+"""Many tokens through the parts of blocks: what the blocks compute, whatever is packed."""
+
+import pytest
+import torch
+from conftest import make_tiny_model, make_tiny_tokenizer
+from test_runner import DIALECTS
+
+from dualbranch.model import ROUTES
+from dualbranch.packed import FEW
+from dualbranch.precision import quantize
+from dualbranch.prompt import Part
+from dualbranch.routing_study import ablated
+from dualbranch.runner import Runner, plain_steps
+
+PRECISIONS = ["int8", "int4", "bf16", "slow=int8", "fast=int8", "slow=int8,fast=int4", "int8-dynamic", "slow=int8-dynamic,fast=int8"]
+
+
+def quantized(precision, **overrides):
+    tok = make_tiny_tokenizer()
+    return quantize(make_tiny_model(tok.vocab_size, **overrides), precision, tok)
+
+
+def noting(model, calls):
+    """The plain steps of `model`, of which the parts of blocks note their names."""
+    steps = plain_steps(model)
+
+    def noted(name, step):
+        is_part = isinstance(step, Part) and name not in ("embed", "logits")
+        return (lambda *args: calls.append(name) or step(*args)) if is_part else step
+
+    return {name: noted(name, step) for name, step in steps.items()}
+
+
+def passes(model):
+    """Logits, gate values and keys of prompts on every route: behind nothing, behind a prompt, and of two rows of unequal lengths."""
+    tokens = torch.randint(10, 400, (2, 60), generator=torch.Generator().manual_seed(1))
+    found = []
+    with torch.no_grad():
+        for route in ROUTES:
+            how = {"budget": 0.5} if route == "auto" else {}
+            cache, rows = model.new_cache(1, 64), model.new_cache(2, 64)
+            for begin, end in ((0, 33), (33, 60)):
+                found.append(model(tokens[:1, begin:end], route, cache=cache, last_only=begin == 0, **how))
+            found.append(model(tokens, route, cache=rows, lengths=torch.tensor([60, 14]), **how))
+            found += [*cache.k, *rows.v]
+    return found
+
+
+def assert_same(found, expected, tolerance):
+    for a, b in zip(found, expected, strict=True):
+        if isinstance(a, torch.Tensor):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+            continue
+        torch.testing.assert_close(a.logits, b.logits, rtol=tolerance, atol=4 * tolerance)
+        assert (a.use_slow is None) == (b.use_slow is None) and (a.use_slow is None or torch.equal(a.use_slow, b.use_slow))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_prompts_in_parts_are_what_blocks_compute(monkeypatch, dialect):
+    monkeypatch.setattr("dualbranch.packed.has_bf16_units", lambda device: False)  # in fp32, to tell rounding from errors
+    model, calls = quantized("int8", **DIALECTS[dialect]), []
+    expected = passes(model)
+    model.runner = Runner(model, noting(model, calls))
+    assert_same(passes(model), expected, 1e-4)
+    assert set(calls) == {"keys", "queries-slow", "queries-fast", "rest-slow", "rest-fast"}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_is_not_packed_or_dynamic_is_left_to_the_block(monkeypatch, precision, bf16):
+    for module in ("packed", "runner"):
+        monkeypatch.setattr(f"dualbranch.{module}.has_bf16_units", lambda device: bf16)
+    model, calls = quantized(precision), []
+    expected = passes(model)
+    model.runner = Runner(model, noting(model, calls))
+    assert_same(passes(model), expected, 2e-2 if bf16 else 1e-4)
+    parts = {"keys": "slow", "queries-slow": "slow", "rest-slow": "slow", "queries-fast": "fast", "rest-fast": "fast"}
+    given = dict(item.split("=") for item in precision.split(",")) if "=" in precision else {"slow": precision, "fast": precision}
+    packed = {part for part, of in parts.items() if of in given}
+    assert set(calls) == packed - {f"rest-{of}" for of, name in given.items() if name == "int8-dynamic"}
+
+
+def test_few_tokens_and_a_model_that_moves_need_no_parts():
+    model, calls = quantized("int8"), []
+    model.runner = Runner(model, noting(model, calls))
+    tokens = torch.arange(10, 60)[None]
+    with torch.no_grad():
+        model(tokens[:, :FEW], "slow", cache=model.new_cache(1, 64))
+        assert not calls
+        model(tokens[:, : FEW + 1], "slow", cache=model.new_cache(1, 64))
+        assert calls == ["keys", "queries-slow", "rest-slow"] * model.config.n_layers
+        calls.clear()
+        expected = model(tokens, "fast").logits
+        assert calls.count("rest-fast") == len(model.config.dual_layers)
+        with ablated(model, "fast", "zero"):
+            assert not torch.allclose(model(tokens, "fast").logits, expected)
+        calls.clear()
+        model.to("cpu")
+        torch.testing.assert_close(model(tokens, "fast").logits, expected, rtol=1e-2, atol=5e-2)
+    assert not calls
