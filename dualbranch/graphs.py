@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dualbranch.cache import KVCache
 from dualbranch.packed import logits_of
-from dualbranch.routing import Partition, TokenGroup, goes_slow
+from dualbranch.routing import Decide, Partition, TokenGroup, goes_slow
 from kernels import FEW_QUERIES, AttentionPlan, get_backend
 
 if TYPE_CHECKING:
@@ -147,10 +147,8 @@ class GraphRunner:
             return tokens.numel() <= FEW_QUERIES
         return tokens.numel() == 1 and (isinstance(route, Tensor) or route == "auto")
 
-    def __call__(
-        self, tokens: Tensor, route: str | Tensor, decide: Callable[[Callable[[], Tensor]], tuple[Tensor | None, Tensor | None]], cache: KVCache
-    ) -> ModelOutput:
-        """As `DualBranchModel.forward` of `tokens (1, T)`; `decide(gate)` gives `g` and `use_slow` from the gate's values. Advances the cache."""
+    def __call__(self, tokens: Tensor, route: str | Tensor, decide: Decide, cache: KVCache, last_only: bool) -> ModelOutput:
+        """As `DualBranchModel.forward` of `tokens (1, T)`. Advances the cache."""
         from dualbranch.model import ModelOutput
 
         n_new = tokens.numel()
@@ -164,7 +162,8 @@ class GraphRunner:
         logits, hidden = self._run(step.rest[slow])
         step.cache = None
         cache.fill_slots(n_new, slow)
-        return ModelOutput(logits[None].clone(), hidden[None].clone(), g, use_slow)
+        wanted = slice(-1, None) if last_only else slice(None)
+        return ModelOutput(logits[None, wanted].clone(), hidden[None, wanted].clone(), g, use_slow)
 
     def logits(self, x: Tensor) -> Tensor:
         """Those of a single token, whoever computed it: `(1, E)` to `(1, V)`."""

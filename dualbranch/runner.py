@@ -1,7 +1,7 @@
 """The decode step of one row: what one block does to one new token, written so that it compiles to a single loop nest.
 
-`Runner` does for one new token of one row what `DualBranchModel.forward` does for any tokens, and returns the same; `model.py` hands such passes over
-once `compile_decode` made one. Every layer of a kind runs the same code with its own weights, in place on the cache, however full that is.
+`Runner` does for a few new tokens of one row, one by one, what `DualBranchModel.forward` does for any tokens, and returns the same; `model.py` hands such
+passes over once `compile_decode` made one. Every layer of a kind runs the same code with its own weights, in place on the cache, however full that is.
 `plain_steps` are the pieces as modules; `compiled.py` turns them into machine code, once per machine.
 """
 
@@ -21,9 +21,9 @@ from torch.func import functional_call
 from dualbranch import dynamic
 from dualbranch.block import Block
 from dualbranch.cache import KVCache
-from dualbranch.packed import Normed, PackedMatrix, ProductNorm, kept, logits_of, transposed
+from dualbranch.packed import FEW, Normed, PackedMatrix, ProductNorm, kept, logits_of, transposed
 from dualbranch.prompt import Part, PromptBlock, plain_parts
-from dualbranch.routing import Angles, Partition, goes_slow
+from dualbranch.routing import Angles, Decide, Partition, goes_slow
 from kernels import SparseSpec, has_bf16_units
 
 if TYPE_CHECKING:
@@ -251,22 +251,29 @@ class Runner:
 
     @staticmethod
     def takes(tokens: Tensor, route: str | Tensor, cache: KVCache | None) -> bool:
-        """Whether a pass is one for a runner: one new token of one cached row, by one branch, without gradient."""
-        return tokens.numel() == 1 and cache is not None and not (isinstance(route, str) and route == "soft") and not torch.is_grad_enabled()
+        """Whether a pass is one for a runner: a few new tokens of one cached row, each by one branch, without gradient."""
+        few = len(tokens) == 1 and tokens.numel() <= FEW  # one by one they take less time than unpacking all matrices does
+        return few and cache is not None and not (isinstance(route, str) and route == "soft") and not torch.is_grad_enabled()
 
-    def __call__(
-        self, tokens: Tensor, route: str | Tensor, decide: Callable[[Callable[[], Tensor]], tuple[Tensor | None, Tensor | None]], cache: KVCache
-    ) -> ModelOutput:
-        """As `DualBranchModel.forward` of `tokens (1, 1)`; `decide(gate)` gives `g` and `use_slow`, from the gate's values if it needs them. Advances
-        the cache."""
+    def __call__(self, tokens: Tensor, route: str | Tensor, decide: Decide, cache: KVCache, last_only: bool) -> ModelOutput:
+        """As `DualBranchModel.forward` of `tokens (1, T)`, one after the other. Advances the cache."""
         from dualbranch.model import ModelOutput
 
+        n = tokens.shape[1]
+        self.model.config.check_length(cache.next_slot(n) + n)  # all of them fit, or nothing is written
+        found = [self._token(tokens[0, t : t + 1], route, partial(decide, at=slice(t, t + 1)), cache) for t in range(n)]
+        x, g, use_slow = (None if of_tokens[0] is None else torch.cat(of_tokens, 1) for of_tokens in zip(*found, strict=True))
+        x = x[:, -1:] if last_only else x
+        logits = [self.logits(of_token) for of_token in x.unbind(1)]
+        return ModelOutput((logits[0] if len(logits) == 1 else torch.cat(logits))[None], x, g, use_slow)
+
+    def _token(self, token: Tensor, route: str | Tensor, decide: Decide, cache: KVCache) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of one `token (1,)`: the residual stream before the final norm `(1, 1, E)`, and `g` and `use_slow (1, 1)` as in `ModelOutput`."""
         model, c = self.model, self.model.config
         slot = cache.next_slot()
-        c.check_length(slot + 1)
         position, blocks = torch.tensor([slot]), self.scratch[0, : slot // c.sparse.block_size + 1, 0, 0]
         angles, sliding = (None if rope is None else rope(position, slot + 1) for rope in (model.rope, model.sliding_rope))
-        x = self.embed(tokens[0])
+        x = self.embed(token)
         slow, g, use_slow = True, None, None
         for i, layers in enumerate(self.layers):
             if i == c.n_stem:
@@ -277,4 +284,4 @@ class Runner:
             step = sparse if slot >= dense_len else dense
             step(weights, x, *cos_sin, *cache.heads[i], cache.pooled.get(i, self.scratch), blocks, position)
         cache.fill_slots(1, slow)
-        return ModelOutput(self.logits(x)[None], x[None], g, use_slow)
+        return x[None], g, use_slow

@@ -104,12 +104,13 @@ def test_replayed_passes_compute_what_the_model_computes(dialect, route):
         assert 0 < sum(bool(o.use_slow) for o in found[1:]) < len(widths) - 1
 
 
+@pytest.mark.parametrize("last_only", [False, True])
 @pytest.mark.parametrize("route", ["slow", "fast"])
-def test_a_few_tokens_at_once_are_replayed_too(route):
+def test_a_few_tokens_at_once_are_replayed_too(route, last_only):
     model, tokens, widths = model_like(), random_tokens(32), [5, 3, 3, 3, 1, 1, 1, 3, 3, 3, 3, 3]
-    expected, cache = decode(model, tokens, widths, route)
+    expected, cache = decode(model, tokens, widths, route, last_only=last_only)
     model = by_graphs(model)
-    found, own = decode(model, tokens, widths, route)
+    found, own = decode(model, tokens, widths, route, last_only=last_only)
     assert_alike(found, expected, own, cache)
     assert {n_new for n_new, _ in model.runner.steps} == {1, 3, 5}
 
@@ -220,7 +221,6 @@ def test_other_passes_are_not_the_runners():
     with torch.no_grad():
         model(tokens[:, :1])
         model(tokens[:, :3], "auto", threshold=0.5, cache=model.new_cache(1, 8))
-        model(tokens[:, :3], cache=model.new_cache(1, 8), last_only=True)
         model(tokens, cache=model.new_cache(1, 20))
         model(tokens.view(2, 10)[:, :1], cache=model.new_cache(2, 8))
         model(tokens[:, :1], "soft", cache=model.new_cache(1, 8))

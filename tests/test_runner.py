@@ -76,22 +76,47 @@ def model_block(dialect):
     return DIALECTS[dialect].get("sparse", SparseSpec(block_size=4)).block_size
 
 
-def test_only_single_cached_tokens_without_gradient_are_the_runners():
+def test_only_few_cached_tokens_of_a_row_without_gradient_are_the_runners():
     model, calls = make_tiny_model(400), []
     steps = plain_steps(model)
     model.runner = Runner(model, {name: lambda *a, name=name: calls.append(name) or steps[name](*a) for name in steps})
-    one, cache = torch.tensor([[20]]), model.new_cache(1, 8)
+    one, cache = torch.tensor([[20]]), model.new_cache(1, 24)
     model(one, cache=cache)  # with gradients enabled
     with torch.no_grad():
         model(one)
         model(one, "soft", cache=cache)
-        model(torch.tensor([[20, 21]]), cache=cache)
+        model(torch.arange(10, 11 + FEW)[None], cache=cache)
         model(torch.tensor([[20], [21]]), cache=model.new_cache(2, 8))
         model(one, cache=cache, lengths=torch.tensor([0]))
         assert set(calls) <= {"logits"}  # a single token's head is the runner's, whoever computed the rest
         calls.clear()
         model(one, cache=cache)
-    assert calls == ["embed", *["slow"] * model.config.n_layers, "logits"]
+        assert calls == ["embed", *["slow"] * model.config.n_layers, "logits"]
+        calls.clear()
+        model(torch.arange(10, 10 + FEW)[None], cache=cache, last_only=True)
+        assert calls.count("embed") == FEW and calls.count("logits") == 1
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+@pytest.mark.parametrize("route", ["slow", "fast", "auto", "given"])
+def test_few_tokens_one_by_one_are_what_one_pass_computes(route, last_only):
+    tokens = torch.randint(10, 400, (1, 40 + FEW), generator=torch.Generator().manual_seed(1))
+    how, given = ({"budget": 0.5} if route == "auto" else {}), torch.tensor([[True, False, False, True, False, True, True, False]])
+    outs, caches = [], []
+    for model in (make_tiny_model(400), uncompiled(make_tiny_model(400))):
+        cache = model.new_cache(1, 40 + FEW)
+        with torch.no_grad():
+            model(tokens[:, :40], cache=cache)
+            outs.append(model(tokens[:, 40:], given if route == "given" else route, cache=cache, last_only=last_only, **how))
+        caches.append(cache)
+    for name in ("logits", "hidden", "g", "use_slow"):
+        a, b = (getattr(out, name) for out in outs)
+        assert (a is None) == (b is None) and (a is None or a.shape == b.shape), name
+        if a is not None:
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=2e-5)
+    assert torch.equal(caches[0].from_slow, caches[1].from_slow) and torch.equal(caches[0].n_cached, caches[1].n_cached)
+    if route == "auto":
+        assert 0 < int(outs[1].use_slow.sum()) < FEW
 
 
 def test_a_full_cache_is_refused_and_left_as_it_was():
@@ -101,7 +126,11 @@ def test_a_full_cache_is_refused_and_left_as_it_was():
         model(torch.arange(10, 14)[None], cache=cache)
         with pytest.raises(CacheFull, match="holds 4 tokens"):
             model(torch.tensor([[20]]), cache=cache)
-    assert int(cache.n_cached) == 4
+        assert int(cache.n_cached) == 4
+        cache.truncate(2)
+        with pytest.raises(CacheFull, match="holds 4 tokens"):
+            model(torch.tensor([[20, 21, 22]]), cache=cache)
+    assert int(cache.n_cached) == 2
 
 
 def test_where_it_cannot_be_compiled_decoding_goes_on_without(monkeypatch, caplog, tmp_path):
