@@ -99,12 +99,26 @@ class Block(nn.Module):
         keys = store(*self.kv(h, *partition.angles(self.sliding)))
         if only is not None:
             return self.slow(x[only.cells], h[only.cells], only, *keys)
+        if partition.whole is not None and self.reads_all(partition.whole):
+            return self.together(x, h, partition, *keys[:2])
         n, parts = partition.n_slow, []
         if partition.slow is not None:
             parts.append(self.slow(x[:n], h[:n], partition.slow, *keys))
         if partition.fast is not None:
             parts.append(self.fast(x[n:], h[n:], partition.fast, *keys))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def reads_all(self, tokens: TokenGroup) -> bool:
+        """Whether each of `tokens` reads all keys before it with as many heads, whichever branch computes it."""
+        return self.slow.reads is None and tokens.plan.all_dense(self.fast.reads.dense_len) and self.slow.n_heads == self.fast.n_heads
+
+    def together(self, x: Tensor, h: Tensor, partition: Partition, k: Tensor, v: Tensor) -> Tensor:
+        """The hard route of a real split whose tokens read all keys: one attention for both branches."""
+        n = partition.n_slow
+        q = self.slow.queries(h[:n], *partition.slow.angles(self.sliding)), self.fast.queries(h[n:], *partition.fast.angles(self.sliding))
+        dtype = max(q, key=len).dtype  # packed matrices multiply few tokens in another
+        heads = partition.attend(torch.cat([of_branch.to(dtype) for of_branch in q]), k, v).flatten(1)
+        return torch.cat([self.slow.rest(x[:n], heads[:n]), self.fast.rest(x[n:], heads[n:])])
 
     def mix(self, x: Tensor, tokens: TokenGroup, store: KVStore, g: Tensor) -> Tensor:
         """Soft route: both branches on every token, mixed by `g (N,)`. At g = 0 and g = 1 it equals the hard route exactly."""

@@ -91,14 +91,14 @@ class PromptBlock:
         )
 
     __call__ = Block.forward
-    mix = Block.mix
+    mix, reads_all, together = Block.mix, Block.reads_all, Block.together
 
 
 class PromptBranch:
     """A branch of a `PromptBlock`, through its steps `queries` and `rest` where there are such."""
 
     def __init__(self, branch: Branch, queries: Callable | None, rest: Callable | None) -> None:
-        self.sliding, self.reads = branch.sliding, branch.reads
+        self.sliding, self.reads, self.n_heads = branch.sliding, branch.reads, branch.n_heads
         self.queries, self.rest = _either(branch.queries, queries), _either(branch.rest, rest)
 
     __call__ = Branch.forward

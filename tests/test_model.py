@@ -6,12 +6,15 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import make_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualbranch import DualBranchConfig, DualBranchModel
+from dualbranch.block import Block
 from dualbranch.cache import CacheFull
 from dualbranch.gate import MOST_SECOND_LOOKS, Calibration
+from dualbranch.routing import Grid, TokenGroup
 from kernels import SparseSpec
 
 SPARSE = SparseSpec(block_size=4, n_selected_blocks=2, window=8, n_sinks=2, dense_len=12)
@@ -395,3 +398,40 @@ def test_user_errors_name_what_to_change():
         MODEL(tokens(1, 0))
     with pytest.raises(ValueError, match=r"n_heads.*multiple of n_kv_heads"):
         dataclasses.replace(CONFIG, n_heads=4)
+
+
+@pytest.mark.parametrize("case", ["prompt", "behind a cache", "rows of unequal lengths", "documents", "one token each"])
+def test_tokens_of_both_branches_that_read_everything_attend_in_one_call(monkeypatch, case):
+    model = make_tiny_model(400, fast_n_heads=4, sparse=SparseSpec(block_size=4, n_selected_blocks=1, window=4, n_sinks=1, dense_len=32))
+    generator = torch.Generator().manual_seed(3)
+    tokens, use_slow = torch.randint(10, 400, (2, 32), generator=generator), torch.rand(2, 32, generator=generator) < 0.4
+    first = {"prompt": 0, "behind a cache": 20, "one token each": 31}.get(case, 0)
+    doc_start = torch.tensor([[0] * 12 + [12] * 20, [0] * 32])
+    how = {"rows of unequal lengths": {"lengths": torch.tensor([32, 9])}, "documents": {"doc_start": doc_start}}.get(case, {})
+    use_slow[:, -1] = torch.tensor([True, False])
+    valid = torch.arange(32)[first:] < how["lengths"][:, None] if "lengths" in how else torch.ones(2, 32 - first, dtype=torch.bool)
+    calls, attend = [], TokenGroup.attend
+
+    def run():
+        calls.clear()
+        cache = None if case == "documents" else model.new_cache(2, 32)
+        with torch.no_grad():
+            if first:
+                model(tokens[:, :first], cache=cache)
+                calls.clear()
+            return model(tokens[:, first:], use_slow[:, first:], cache=cache, **how).logits[valid], len(calls)
+
+    monkeypatch.setattr(TokenGroup, "attend", lambda self, *args: calls.append(1) or attend(self, *args))
+    found, n_calls = run()
+    monkeypatch.setattr(Block, "reads_all", lambda self, tokens: False)
+    expected, n_apart = run()
+    assert n_calls == model.config.n_layers and n_apart == n_calls + len(model.config.dual_layers)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"fast_n_heads": 2}, {"dense_len": 31}, {"sliding_layers": (1, 2), "sliding_window": 8}])
+def test_branches_that_read_otherwise_attend_apart(change):
+    change = {"fast_n_heads": 4, "dense_len": 32} | change
+    model = make_tiny_model(400, sparse=SparseSpec(block_size=4, window=4, dense_len=change.pop("dense_len")), **change)
+    whole = Grid(torch.arange(32)[None], None, 32, torch.ones(32, 1, 8), torch.ones(32, 1, 8)).whole()
+    assert not any(model.blocks[i].reads_all(whole) for i in model.config.dual_layers)

@@ -79,11 +79,11 @@ def _chunk_by_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tens
     B, T, H, D = q.shape
     Hk, n = k.shape[2], k.shape[1] - T
     q = q.unflatten(2, (Hk, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (B * Hk, G, T, D)
-    k, v = (x.transpose(1, 2).reshape(B * Hk, 1, n + T, D).expand(-1, H // Hk, -1, -1) for x in (k, v))
+    k, v = (x.transpose(1, 2).reshape(B * Hk, 1, n + T, D) for x in (k, v))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # SDPA's, with the logarithm of the sum of weights, (B * Hk, G, T)
-    out, log_sum = flash(q, k[:, :, n:], v[:, :, n:], is_causal=True)
-    if n:
-        before, log_sum_before = flash(q, k[:, :, :n], v[:, :, :n])
+    out, log_sum = flash(q, *(x[:, :, n:].expand(-1, H // Hk, -1, -1) for x in (k, v)), is_causal=True)
+    if n:  # without a mask the heads of a group are so many queries more: the more at once, the less each costs
+        before, log_sum_before = (x.view(out.shape[:3] + x.shape[3:]) for x in flash(q.reshape(B * Hk, 1, -1, D), k[:, :, :n], v[:, :, :n]))
         out = torch.lerp(out.float(), before.float(), torch.sigmoid(log_sum_before - log_sum)[..., None]).to(q.dtype)
     return out.view(B, Hk, H // Hk, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
