@@ -109,8 +109,9 @@ class Block(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def reads_all(self, tokens: TokenGroup) -> bool:
-        """Whether each of `tokens` reads all keys before it with as many heads, whichever branch computes it."""
-        return self.slow.reads is None and tokens.plan.all_dense(self.fast.reads.dense_len) and self.slow.n_heads == self.fast.n_heads
+        """Whether each of `tokens` reads all keys before it, with as many heads and in the same dtype, whichever branch computes it."""
+        alike = self.slow.n_heads == self.fast.n_heads and type(self.slow.w_q) is type(self.fast.w_q)
+        return alike and self.slow.reads is None and tokens.plan.all_dense(self.fast.reads.dense_len)
 
     def together(self, x: Tensor, h: Tensor, partition: Partition, k: Tensor, v: Tensor) -> Tensor:
         """The hard route of a real split whose tokens read all keys: one attention for both branches."""

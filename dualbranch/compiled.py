@@ -1,4 +1,4 @@
-"""The decode step as machine code: compiled once per machine, model shape and precision, kept under the cache folder, loaded in milliseconds.
+"""The steps of decoding and of prompts as machine code: compiled once per machine, model shape and precision, kept in the cache folder, loaded in milliseconds.
 
 `build` exports each of `runner.plain_steps` and has PyTorch's ahead-of-time compiler make a library of it; `load_steps` opens what is there. The code holds
 no weights: models of one shape share it. A folder's name is a hash of all that the code depends on, so nothing stale is ever opened.
@@ -189,8 +189,8 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
     if isinstance(step, packed.Normed):
         return (torch.ones(40, c.d_model), torch.ones(c.d_model)), (of_rows, None)
     x = torch.zeros(1, c.d_model)
-    if isinstance(step, prompt.Part):
-        args, dynamic_args = _example_of_part(model, step.how[0])
+    if isinstance(step, prompt.ModuleStep):
+        args, dynamic_args = _example_of_module(model, step.how[0])
         weights = step.weights_of(step.how[0])
         return (weights, *args), (dict.fromkeys(weights), dynamic_args)
     weights = step.weights_of(step.how[0])
@@ -203,16 +203,16 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
     return args, (dict.fromkeys(weights), None, None, None, {2: capacity}, {2: capacity}, {1: n_blocks}, {0: begun}, None)
 
 
-def _example_of_part(model: DualBranchModel, part: torch.nn.Module) -> tuple[tuple[Tensor, ...], tuple]:
-    """What a `prompt.Part` of `part` takes besides weights, and which sizes vary."""
+def _example_of_module(model: DualBranchModel, module: torch.nn.Module) -> tuple[tuple[Tensor, ...], tuple]:
+    """What a `prompt.ModuleStep` of `module` takes besides weights, and which sizes vary."""
     c, n = model.config, 40
-    if part is model.embed:
+    if module is model.embed:
         return (torch.zeros(1, dtype=torch.int64),), (None,)
-    if not isinstance(part, (block.KVProjection, prompt.Queries, prompt.Rest)):
+    if not isinstance(module, (block.KVProjection, prompt.Queries, prompt.Rest)):
         return (torch.zeros(1, c.d_model),), (None,)  # logits
     of_products = partial(torch.zeros, dtype=packed.product_dtype(n, model.device))
     tokens = {0: Dim("n_tokens", min=packed.FEW + 1, max=1 << 20)}
-    if isinstance(part, prompt.Rest):
-        return (torch.zeros(n, c.d_model), of_products(n, part.w_o.matrix.n_columns)), (tokens, tokens)
+    if isinstance(module, prompt.Rest):
+        return (torch.zeros(n, c.d_model), of_products(n, module.w_o.matrix.n_columns)), (tokens, tokens)
     angles = of_products(2, n, 1, c.rotary_dim or c.head_dim).unbind(0)
     return (of_products(n, c.d_model), *(x.clone() for x in angles)), (tokens, tokens, tokens)

@@ -164,6 +164,8 @@ class DualBranchModel(nn.Module):
             raise ValueError(f"{asked}: this model was exported with its fast branch alone; it runs on route fast only (mode fast)")
         if isinstance(route, str) and route not in ROUTES:
             raise ValueError(f"unknown route {route!r}; choose one of {', '.join(ROUTES)}")
+        if isinstance(route, Tensor) and route.shape != tokens.shape:
+            raise ValueError(f"route decides for tokens of shape {tuple(route.shape)}, and they are {tuple(tokens.shape)}; give one decision per token")
         if budget is not None:
             check_budget(budget)
         B, T = tokens.shape
@@ -200,7 +202,7 @@ class DualBranchModel(nn.Module):
         if last_only and T > 1 and c.n_layers - 1 not in c.dual_layers:
             last = grid.subset(torch.arange(B, device=tokens.device) * T + (n_new - 1).clamp(min=0).to(tokens.device))
         x = self.embed(tokens).flatten(0, 1)  # (B * T, E)
-        blocks = self.blocks if self.runner is None else self.runner.blocks
+        blocks = self.blocks if self.runner is None or torch.is_grad_enabled() else self.runner.blocks
 
         def ordinary_layers(x: Tensor, begin: int, end: int) -> Tensor:
             for i in range(begin, end):

@@ -1,7 +1,7 @@
 """What many tokens go through at once, as code to compile: a layer's keys and values, its queries, and all that follows its attention.
 
-In PyTorch's own operators these are a dozen to the product, each of which reads and writes the tokens; and few tokens wait for Python. `plain_parts` are
-the parts as modules, `PromptBlock` is a block that runs them, or the same compiled (`runner.py`), where its matrices are packed. Attention stays outside:
+In PyTorch's own operators these are a dozen to the product, each of which reads and writes the tokens; and few tokens wait for Python. `plain_steps` are
+these steps as modules, `PromptBlock` is a block that runs them, or the same compiled (`runner.py`), where its matrices are packed. Attention stays outside:
 its operators depend on who reads what (`kernels`).
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
     from dualbranch.model import DualBranchModel
 
 
-class Part(nn.Module):
+#: Tokens of which hidden activations exist at once.
+AT_ONCE = 2048
+
+
+class ModuleStep(nn.Module):
     """A module of a model as a step: called with the weights it is to compute with, those of `weights_of` a module like it."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -58,32 +63,33 @@ class Rest(nn.Module):
     forward = Branch.rest
 
 
-def parts_of(block: Block) -> dict[str, nn.Module]:
-    """The parts of `block` that many tokens go through as steps: those whose matrices are packed."""
-    parts: dict[str, nn.Module] = {}
+def modules_of(block: Block) -> dict[str, nn.Module]:
+    """What of `block` many tokens go through as steps, by their names: where matrices are packed."""
+    modules: dict[str, nn.Module] = {}
     if isinstance(block.kv.w_k, PackedLinear):
-        parts["keys"] = block.kv
+        modules["keys"] = block.kv
     for name in ("slow", "fast"):
         branch = getattr(block, name)
         if branch is not None and isinstance(branch.w_q, PackedLinear):
-            parts[f"queries-{name}"] = Queries(branch)
+            modules[f"queries-{name}"] = Queries(branch)
             if type(branch.ff) is PackedFeedForward:  # a dynamic one has steps of its own
-                parts[f"rest-{name}"] = Rest(branch)
-    return parts
+                modules[f"rest-{name}"] = Rest(branch)
+    return modules
 
 
-def plain_parts(model: DualBranchModel) -> dict[str, Part]:
-    """Every part that prompts of `model` go through, by name, uncompiled."""
-    return {name: Part(module) for block in model.blocks for name, module in parts_of(block).items()}
+def plain_steps(model: DualBranchModel) -> dict[str, ModuleStep]:
+    """Every step that prompts of `model` go through, by name, uncompiled."""
+    return {name: ModuleStep(module) for block in model.blocks for name, module in modules_of(block).items()}
 
 
 class PromptBlock:
-    """`block` for many tokens, through `steps`: those of `plain_parts`, or the same compiled. What is not among them, and few tokens, the block computes
+    """`block` for many tokens, through `steps`: those of `plain_steps`, or the same compiled. What is not among them, and few tokens, the block computes
     itself; all that is asked of a block can be asked of this. Its weights are the block's as they were."""
 
     def __init__(self, block: Block, steps: Mapping[str, Callable]) -> None:
-        run = {name: partial(run_step, steps[name], Part(module).weights_of(module), isinstance(module, Rest)) for name, module in parts_of(block).items()}
-        self.sliding, self.attn_norm = block.sliding, block.attn_norm
+        modules = modules_of(block).items()
+        run = {name: partial(run_step, steps[name], ModuleStep(module).weights_of(module), isinstance(module, Rest)) for name, module in modules}
+        self.sliding, self.attn_norm, self.reads_all = block.sliding, block.attn_norm, block.reads_all
         self.kv = _either(block.kv, run.get("keys"))
         self.slow, self.fast = (
             None if branch is None else PromptBranch(branch, run.get(f"queries-{name}"), run.get(f"rest-{name}"))
@@ -91,18 +97,23 @@ class PromptBlock:
         )
 
     __call__ = Block.forward
-    mix, reads_all, together = Block.mix, Block.reads_all, Block.together
+    mix, together = Block.mix, Block.together
 
 
 class PromptBranch:
     """A branch of a `PromptBlock`, through its steps `queries` and `rest` where there are such."""
 
     def __init__(self, branch: Branch, queries: Callable | None, rest: Callable | None) -> None:
-        self.sliding, self.reads, self.n_heads = branch.sliding, branch.reads, branch.n_heads
-        self.queries, self.rest = _either(branch.queries, queries), _either(branch.rest, rest)
+        self.sliding, self.reads = branch.sliding, branch.reads
+        self.queries, self.rest_at_once = _either(branch.queries, queries), _either(branch.rest, rest)
 
     __call__ = Branch.forward
     attend = Branch.attend
+
+    def rest(self, x: Tensor, heads: Tensor) -> Tensor:
+        """As `Branch.rest`. Hidden activations exist for `AT_ONCE` tokens at a time."""
+        parts = [self.rest_at_once(*part) for part in zip(x.split(AT_ONCE), heads.split(AT_ONCE), strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _either(plain: Callable, step: Callable | None) -> Callable:

@@ -8,9 +8,10 @@ tokens, which are not scored; the better of the two at a share is the one a gap 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -198,18 +199,19 @@ def ablated(model: DualBranchModel, branch: str, replaced_by: str) -> Iterator[N
     if branch not in ("slow", "fast") or replaced_by not in ("zero", "mean"):
         raise ValueError(f"cannot replace branch {branch!r} by {replaced_by!r}; branches are slow and fast, replacements zero and mean")
 
-    def hook(_module: object, args: tuple, out: Tensor) -> Tensor:
-        x = args[0]
-        return x if replaced_by == "zero" or not len(x) else x + (out - x).mean(0)
+    def replaced(rest: Callable[[Tensor, Tensor], Tensor], x: Tensor, heads: Tensor) -> Tensor:
+        return x if replaced_by == "zero" or not len(x) else x + (rest(x, heads) - x).mean(0)
 
-    handles = [getattr(model.blocks[i], branch).register_forward_hook(hook) for i in model.config.dual_layers]
-    runner, model.runner = model.runner, None  # it runs parts of branches, and would pass the hooks by
+    branches = [getattr(model.blocks[i], branch) for i in model.config.dual_layers]
+    for b in branches:
+        b.rest = partial(replaced, b.rest)  # whatever a branch adds, it adds there
+    runner, model.runner = model.runner, None  # it has steps of its own
     try:
         yield
     finally:
         model.runner = runner
-        for handle in handles:
-            handle.remove()
+        for b in branches:
+            del b.rest
 
 
 @torch.inference_mode()

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dualbranch import dynamic
+from dualbranch import dynamic, prompt
 from dualbranch.block import Block
 from dualbranch.cache import KVCache
-from dualbranch.packed import FEW, Normed, PackedMatrix, ProductNorm, kept, logits_of, transposed
-from dualbranch.prompt import Part, PromptBlock, plain_parts
+from dualbranch.packed import FEW, Normed, PackedLinear, PackedMatrix, ProductNorm, kept, logits_of, transposed
+from dualbranch.prompt import ModuleStep, PromptBlock
 from dualbranch.routing import Angles, Decide, Partition, goes_slow
 from kernels import SparseSpec, has_bf16_units
 
@@ -190,7 +190,7 @@ def unpack_name(bits: int, dtype: torch.dtype) -> str:
 
 
 def plain_steps(model: DualBranchModel) -> dict[str, nn.Module]:
-    """Every step that running `model` may need, uncompiled: of its blocks by name, `embed`, `logits`, `prompt.py`'s parts, `unpackB` of each packed width B,
+    """Every step that running `model` may need, uncompiled: of its blocks by name, `embed`, `logits`, those of prompts, `unpackB` of each packed width B,
     where the CPU has units for bf16 also `unpackB-bf16` and the norms before their products, `norm`; of dynamic feed-forwards `unpack8-int8` and theirs."""
     steps: dict[str, nn.Module] = {}
     for block in model.blocks:
@@ -199,7 +199,7 @@ def plain_steps(model: DualBranchModel) -> dict[str, nn.Module]:
                 for n_keys in (1, MANY):
                     name = step_name(block, slow, n_keys)
                     steps.setdefault(name, BlockStep(block, slow, name.endswith("sparse"), model.config.sparse.block_size))
-    steps |= {"embed": Part(model.embed), "logits": Part(_Head(model))} | plain_parts(model)
+    steps |= {"embed": ModuleStep(model.embed), "logits": ModuleStep(_Head(model))} | prompt.plain_steps(model)
     for bits in sorted({m.bits for m in model.modules() if isinstance(m, PackedMatrix)}):
         for dtype in (torch.float32, torch.bfloat16)[: 1 + has_bf16_units(model.device)]:
             steps[unpack_name(bits, dtype)] = Unpack(bits, dtype)
@@ -220,13 +220,14 @@ class Layer(NamedTuple):
 
 
 class Runner:
-    """Runs single tokens of single rows of `model`, on a CPU in fp32, through `steps`: those of `plain_steps`, or the same compiled. `blocks` are the
-    model's, for many tokens. Mutates nothing but that packed matrices unpack themselves by the steps given, and norms before products and dynamic
+    """Runs few tokens of single rows of `model`, one by one, on a CPU in fp32, through `steps`: those of `plain_steps`, or the same compiled. `blocks` are
+    the model's, for many tokens. Mutates nothing but that packed matrices unpack themselves by the steps given, and norms before products and dynamic
     feed-forwards run theirs."""
 
     def __init__(self, model: DualBranchModel, steps: Mapping[str, Callable]) -> None:
         plain, c = plain_steps(model), model.config
         self.model, self.steps = model, steps
+        self.few = FEW if isinstance(model.blocks[0].kv.w_k, PackedLinear) else 1  # one by one they take less time than unpacking all matrices does
         self.blocks = [PromptBlock(block, steps) for block in model.blocks]
         self.layers = [{slow: self._layer(block, slow) for slow in (True, False) if (block.slow if slow else block.fast) is not None} for block in model.blocks]
         self.embed = partial(steps["embed"], plain["embed"].weights_of(model.embed))
@@ -249,10 +250,9 @@ class Runner:
     def _unpack(self, bits: int, words: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
         return self.steps[unpack_name(bits, dtype)](words, scales)
 
-    @staticmethod
-    def takes(tokens: Tensor, route: str | Tensor, cache: KVCache | None) -> bool:
-        """Whether a pass is one for a runner: a few new tokens of one cached row, each by one branch, without gradient."""
-        few = len(tokens) == 1 and tokens.numel() <= FEW  # one by one they take less time than unpacking all matrices does
+    def takes(self, tokens: Tensor, route: str | Tensor, cache: KVCache | None) -> bool:
+        """Whether a pass is one for it: a few new tokens of one cached row, each by one branch, without gradient."""
+        few = len(tokens) == 1 and tokens.numel() <= self.few
         return few and cache is not None and not (isinstance(route, str) and route == "soft") and not torch.is_grad_enabled()
 
     def __call__(self, tokens: Tensor, route: str | Tensor, decide: Decide, cache: KVCache, last_only: bool) -> ModelOutput:

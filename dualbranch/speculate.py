@@ -8,7 +8,9 @@ The rule is speculative sampling: Leviathan et al. 2023 (arXiv 2211.17192, algor
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -22,6 +24,8 @@ from dualbranch.model import DualBranchModel
 from dualbranch.modes import Mode, Phase, ThinkingController
 from dualbranch.packed import FEW
 from dualbranch.sampling import SamplingParams, draw, token_probs
+
+logger = logging.getLogger(__name__)
 
 #: Most tokens drafted before a verification: with the newest one as many as packed weights multiply in the precision of single tokens.
 MAX_DRAFT = FEW - 1
@@ -42,7 +46,7 @@ class DraftLength:
 
     At acceptance rate a, k drafts give 1 + a + ... + a^k tokens on average and cost k fast passes and one slow pass, of however many tokens: a pass
     of few tokens costs what its weights cost to read (Leviathan et al. 2023, theorem 3.8). `cost_ratio`: weights that a fast pass reads, in
-    slow passes. The rate is a running mean over the drafts tested; those after a rejected one are not.
+    slow passes. The rate is a running mean over the drafts tested; those after a rejected one are not. (So it is on GPUs. Compiled for a CPU, no draft pays.)
     """
 
     def __init__(self, cost_ratio: float) -> None:
@@ -74,9 +78,16 @@ def speculate(model: DualBranchModel, sequence: Pending, params: SamplingParams,
     Raises ValueError at once for a route other than slow, and for a model that has not both branches.
     """
     check_speculation(model, sequence.controller.mode)
+    if model.device.type == "cpu" and model.runner is not None:
+        _warn_once()
     if cache is None:
         cache = model.new_cache(1, len(sequence.prompt) + sequence.controller.remaining)
     return _rounds(model, sequence, params, cache)
+
+
+@cache
+def _warn_once() -> None:
+    logger.warning("speculation takes longer than plain decoding where a CPU decodes by compiled code: tokens are verified one by one there; leave it out")
 
 
 def _rounds(model: DualBranchModel, s: Pending, params: SamplingParams, cache: KVCache) -> Iterator[list[Pending]]:

@@ -21,6 +21,7 @@ from dualbranch.generate import generate_batch
 from dualbranch.measure import measure_memory, measure_speed, speed_cases
 from dualbranch.modes import resolve
 from dualbranch.sampling import SamplingParams
+from kernels import SparseSpec
 
 PARAMS = SamplingParams(max_tokens=12)
 
@@ -245,6 +246,20 @@ def test_ablation_touches_only_the_named_branch_and_leaves_nothing_behind(tiny, 
                 assert torch.equal(model(rows.tokens, other, doc_start=rows.doc_start).logits, before[other])
                 assert not torch.allclose(model(rows.tokens, branch, doc_start=rows.doc_start).logits, before[branch])
     assert torch.equal(model(rows.tokens, "slow", doc_start=rows.doc_start).logits, before["slow"])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("alike", [False, True])
+def test_ablation_touches_its_branchs_tokens_where_both_branches_have_some(alike):
+    model = make_tiny_model(400, fast_n_heads=4 if alike else 2, sparse=SparseSpec(block_size=4, window=4, dense_len=64))
+    tokens = torch.randint(10, 400, (1, 40), generator=torch.Generator().manual_seed(1))
+    use_slow = torch.arange(40)[None] % 3 == 0
+    before, found = model(tokens, use_slow), []
+    for branch in ("slow", "fast"):
+        with study.ablated(model, branch, "zero"):
+            found.append(model(tokens, use_slow).hidden)
+    assert not any(torch.allclose(after, before.hidden, atol=1e-3) for after in found)
+    assert torch.equal(model(tokens, use_slow).logits, before.logits)
 
 
 @torch.inference_mode()

@@ -388,6 +388,8 @@ def test_user_errors_name_what_to_change():
         MODEL(t, "turbo")
     with pytest.raises(ValueError, match="calibrated gate"):
         build()(t, "auto")
+    with pytest.raises(ValueError, match=r"route decides for tokens of shape \(1, 1\), and they are \(1, 5\)"):
+        MODEL(t, torch.tensor([[True]]))
     with pytest.raises(ValueError, match=r"budget is 1.5.*\[0, 1\]"):
         Calibration((0.5,), (0.5,)).threshold(1.5)
     with pytest.raises(ValueError, match="129 tokens exceed max_seq_len = 128"):
@@ -427,6 +429,20 @@ def test_tokens_of_both_branches_that_read_everything_attend_in_one_call(monkeyp
     expected, n_apart = run()
     assert n_calls == model.config.n_layers and n_apart == n_calls + len(model.config.dual_layers)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_are_the_same_whether_branches_attend_in_one_call_or_each_for_itself(monkeypatch):
+    model = make_tiny_model(400, fast_n_heads=4, sparse=SparseSpec(block_size=4, window=4, dense_len=32))
+    tokens = torch.randint(10, 400, (2, 32), generator=torch.Generator().manual_seed(3))
+    use_slow, gradients = torch.rand(2, 32, generator=torch.Generator().manual_seed(4)) < 0.4, []
+    for _ in range(2):
+        model.zero_grad()
+        model(tokens, use_slow).logits.square().mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        monkeypatch.setattr(Block, "reads_all", lambda self, tokens: False)
+    assert gradients[0].keys() == gradients[1].keys() and any("fast.w_q" in name for name in gradients[0])
+    for name, of_one_call in gradients[0].items():
+        torch.testing.assert_close(of_one_call, gradients[1][name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", [{"fast_n_heads": 2}, {"dense_len": 31}, {"sliding_layers": (1, 2), "sliding_window": 8}])

@@ -1,4 +1,4 @@
-"""Many tokens through the parts of blocks: what the blocks compute, whatever is packed."""
+"""Many tokens through the steps of blocks: what the blocks compute, whatever is packed."""
 
 import pytest
 import torch
@@ -8,9 +8,10 @@ from test_runner import DIALECTS
 from dualbranch.model import ROUTES
 from dualbranch.packed import FEW
 from dualbranch.precision import quantize
-from dualbranch.prompt import Part
+from dualbranch.prompt import ModuleStep
 from dualbranch.routing_study import ablated
 from dualbranch.runner import Runner, plain_steps
+from kernels import SparseSpec
 
 PRECISIONS = ["int8", "int4", "bf16", "slow=int8", "fast=int8", "slow=int8,fast=int4", "int8-dynamic", "slow=int8-dynamic,fast=int8"]
 
@@ -21,12 +22,12 @@ def quantized(precision, **overrides):
 
 
 def noting(model, calls):
-    """The plain steps of `model`, of which the parts of blocks note their names."""
+    """The plain steps of `model`, of which those of prompts note their names."""
     steps = plain_steps(model)
 
     def noted(name, step):
-        is_part = isinstance(step, Part) and name not in ("embed", "logits")
-        return (lambda *args: calls.append(name) or step(*args)) if is_part else step
+        of_prompts = isinstance(step, ModuleStep) and name not in ("embed", "logits")
+        return (lambda *args: calls.append(name) or step(*args)) if of_prompts else step
 
     return {name: noted(name, step) for name, step in steps.items()}
 
@@ -55,10 +56,15 @@ def assert_same(found, expected, tolerance):
         assert (a.use_slow is None) == (b.use_slow is None) and (a.use_slow is None or torch.equal(a.use_slow, b.use_slow))
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_prompts_in_parts_are_what_blocks_compute(monkeypatch, dialect):
+#: Branches whose tokens attend in one call.
+ALIKE = {"fast_n_heads": 4, "sparse": SparseSpec(block_size=4, window=8, dense_len=64)}
+
+
+@pytest.mark.parametrize("dialect", [*DIALECTS, "alike"])
+def test_prompts_in_steps_are_what_blocks_compute(monkeypatch, dialect):
     monkeypatch.setattr("dualbranch.packed.has_bf16_units", lambda device: False)  # in fp32, to tell rounding from errors
-    model, calls = quantized("int8", **DIALECTS[dialect]), []
+    monkeypatch.setattr("dualbranch.prompt.AT_ONCE", 20)
+    model, calls = quantized("int8", **(DIALECTS | {"alike": ALIKE})[dialect]), []
     expected = passes(model)
     model.runner = Runner(model, noting(model, calls))
     assert_same(passes(model), expected, 1e-4)
@@ -66,11 +72,12 @@ def test_prompts_in_parts_are_what_blocks_compute(monkeypatch, dialect):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_what_is_not_packed_or_dynamic_is_left_to_the_block(monkeypatch, precision, bf16):
+def test_what_is_not_packed_or_dynamic_is_left_to_the_block(monkeypatch, precision, alike, bf16):
     for module in ("packed", "runner"):
         monkeypatch.setattr(f"dualbranch.{module}.has_bf16_units", lambda device: bf16)
-    model, calls = quantized(precision), []
+    model, calls = quantized(precision, **ALIKE if alike else {}), []
     expected = passes(model)
     model.runner = Runner(model, noting(model, calls))
     assert_same(passes(model), expected, 2e-2 if bf16 else 1e-4)
@@ -80,7 +87,7 @@ def test_what_is_not_packed_or_dynamic_is_left_to_the_block(monkeypatch, precisi
     assert set(calls) == packed - {f"rest-{of}" for of, name in given.items() if name == "int8-dynamic"}
 
 
-def test_few_tokens_and_a_model_that_moves_need_no_parts():
+def test_few_tokens_gradients_and_a_model_that_moves_need_no_steps():
     model, calls = quantized("int8"), []
     model.runner = Runner(model, noting(model, calls))
     tokens = torch.arange(10, 60)[None]
@@ -95,6 +102,9 @@ def test_few_tokens_and_a_model_that_moves_need_no_parts():
         with ablated(model, "fast", "zero"):
             assert not torch.allclose(model(tokens, "fast").logits, expected)
         calls.clear()
+    model(tokens, "fast")
+    assert not calls
+    with torch.no_grad():
         model.to("cpu")
         torch.testing.assert_close(model(tokens, "fast").logits, expected, rtol=1e-2, atol=5e-2)
     assert not calls

@@ -17,7 +17,7 @@ from dualbranch.compiled import PREFETCH, build, merge_repeated, steps_folder, u
 from dualbranch.model import DualBranchModel
 from dualbranch.packed import FEW
 from dualbranch.precision import quantize
-from dualbranch.prompt import Part, parts_of, run_step
+from dualbranch.prompt import ModuleStep, modules_of, run_step
 from dualbranch.runner import Runner, plain_steps, read, sparse_blocks
 from kernels import AttentionPlan, SparseSpec, has_bf16_units
 from kernels.reference import pool_keys, select_blocks, sparse_mask
@@ -77,36 +77,41 @@ def model_block(dialect):
 
 
 def test_only_few_cached_tokens_of_a_row_without_gradient_are_the_runners():
-    model, calls = make_tiny_model(400), []
-    steps = plain_steps(model)
-    model.runner = Runner(model, {name: lambda *a, name=name: calls.append(name) or steps[name](*a) for name in steps})
-    one, cache = torch.tensor([[20]]), model.new_cache(1, 24)
-    model(one, cache=cache)  # with gradients enabled
-    with torch.no_grad():
-        model(one)
-        model(one, "soft", cache=cache)
-        model(torch.arange(10, 11 + FEW)[None], cache=cache)
-        model(torch.tensor([[20], [21]]), cache=model.new_cache(2, 8))
-        model(one, cache=cache, lengths=torch.tensor([0]))
-        assert set(calls) <= {"logits"}  # a single token's head is the runner's, whoever computed the rest
-        calls.clear()
-        model(one, cache=cache)
-        assert calls == ["embed", *["slow"] * model.config.n_layers, "logits"]
-        calls.clear()
-        model(torch.arange(10, 10 + FEW)[None], cache=cache, last_only=True)
-        assert calls.count("embed") == FEW and calls.count("logits") == 1
+    for model, few in ((make_tiny_model(400), 1), (quantize(make_tiny_model(400), "int8"), FEW)):
+        calls, steps = [], plain_steps(model)
+        model.runner = Runner(model, {name: lambda *a, name=name, steps=steps, calls=calls: calls.append(name) or steps[name](*a) for name in steps})
+        one, cache = torch.tensor([[20]]), model.new_cache(1, 24)
+        model(one, cache=cache)  # with gradients enabled
+        with torch.no_grad():
+            model(one)
+            model(one, "soft", cache=cache)
+            model(torch.arange(10, 11 + few)[None], cache=cache)
+            model(torch.tensor([[20], [21]]), cache=model.new_cache(2, 8))
+            model(one, cache=cache, lengths=torch.tensor([0]))
+            assert not {"embed", "slow", "fast"} & set(calls)  # a single token's head is the runner's, whoever computed the rest
+            calls.clear()
+            model(one, cache=cache)
+            assert [name for name in calls if not name.startswith("unpack")] == ["embed", *["slow"] * model.config.n_layers, "logits"]
+            calls.clear()
+            model(torch.arange(10, 10 + few)[None], cache=cache, last_only=True)
+            assert calls.count("embed") == few and calls.count("logits") == 1
 
 
+@pytest.mark.parametrize("dialect", ["plain", "sliding layers", "gemma"])
 @pytest.mark.parametrize("last_only", [False, True])
 @pytest.mark.parametrize("route", ["slow", "fast", "auto", "given"])
-def test_few_tokens_one_by_one_are_what_one_pass_computes(route, last_only):
+def test_few_tokens_one_by_one_are_what_one_pass_computes(monkeypatch, route, last_only, dialect):
+    monkeypatch.setattr(DualBranchModel, "cache_dtype", torch.float32)  # in bf16, sums in another order round some keys and values the other way
     tokens = torch.randint(10, 400, (1, 40 + FEW), generator=torch.Generator().manual_seed(1))
     how, given = ({"budget": 0.5} if route == "auto" else {}), torch.tensor([[True, False, False, True, False, True, True, False]])
     outs, caches = [], []
-    for model in (make_tiny_model(400), uncompiled(make_tiny_model(400))):
+    plain, stepwise = (quantize(make_tiny_model(400, **DIALECTS[dialect]), "int8") for _ in range(2))
+    for model in (plain, stepwise):
         cache = model.new_cache(1, 40 + FEW)
         with torch.no_grad():
             model(tokens[:, :40], cache=cache)
+            if model is stepwise:
+                uncompiled(model)
             outs.append(model(tokens[:, 40:], given if route == "given" else route, cache=cache, last_only=last_only, **how))
         caches.append(cache)
     for name in ("logits", "hidden", "g", "use_slow"):
@@ -253,7 +258,12 @@ def test_compiled_and_quantized_it_computes_the_same(monkeypatch, tmp_path):
     monkeypatch.setattr(DualBranchModel, "cache_dtype", torch.float32)  # in bf16, sums in another order round some keys and values the other way
     tok = make_tiny_tokenizer()
     tokens = torch.randint(10, 400, (1, 90), generator=torch.Generator().manual_seed(1))
-    model = quantize(make_tiny_model(tok.vocab_size), "slow=int8-dynamic,fast=int8,head=int8", tok)
+    model = make_tiny_model(tok.vocab_size, qk_norm=True, qkv_bias=True, post_norms=True, attn_scale=0.2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(2))
+    model = quantize(model, "slow=int8-dynamic,fast=int8,head=int8", tok)
     routes = {"slow": {}, "fast": {}, "auto": {"budget": 0.5}}
     expected = {route: decode(model, tokens, 5, route, **how)[0] for route, how in routes.items()}
     names, n = [], 14 + 2 * has_bf16_units(model.device)
@@ -268,14 +278,14 @@ def test_compiled_and_quantized_it_computes_the_same(monkeypatch, tmp_path):
         for n_tokens in (50, 90):  # two capacities, both sides of dense_len
             for a, b in zip(decode(model, tokens[:, :n_tokens], 5, route, **how)[0], expected[route], strict=False):
                 torch.testing.assert_close(a.logits, b.logits, rtol=1e-4, atol=2e-5)
-    parts = {name: module for name, module in parts_of(model.blocks[1]).items() if name in model.runner.steps}
-    assert set(parts) == {"keys", "queries-slow", "queries-fast", "rest-fast"}
-    for name, module in parts.items():
+    modules = modules_of(model.blocks[1])
+    assert set(modules) == {"keys", "queries-slow", "queries-fast", "rest-fast"}
+    for name, module in modules.items():
         for n_tokens in (FEW + 1, 32, 70):  # rounding aside, whole prompts would differ by the blocks that they choose
             is_rest, generator = name.startswith("rest"), torch.Generator().manual_seed(n_tokens)
             shapes = [(32,), (module.w_o.matrix.n_columns,)] if is_rest else [(32,), (1, 8), (1, 8)]
             args = [torch.randn(n_tokens, *shape, generator=generator) for shape in shapes]
-            found, wanted = (run_step(steps[name], Part(module).weights_of(module), is_rest, *args) for steps in (model.runner.steps, plain))
+            found, wanted = (run_step(steps[name], ModuleStep(module).weights_of(module), is_rest, *args) for steps in (model.runner.steps, plain))
             torch.testing.assert_close(found, wanted, rtol=1e-2, atol=2e-2 if has_bf16_units(model.device) else 1e-4)
 
 

@@ -18,6 +18,8 @@ from dualbranch.checkpoint import LoadedModel, save_checkpoint
 from dualbranch.generate import decode, generate, generate_batch, prompt_ids, start, stream
 from dualbranch.modes import Phase, ThinkingController, resolve, token_rules
 from dualbranch.packed import product_dtype
+from dualbranch.precision import quantize
+from dualbranch.runner import Runner, plain_steps
 from dualbranch.sampling import SamplingParams, filtered_probs, token_probs
 from dualbranch.speculate import MAX_DRAFT, DraftLength, accept
 from kernels import SparseSpec
@@ -363,6 +365,17 @@ def test_generate_and_stream_speculate_on_request(tiny):
     assert [e.token for e in events] == got.ids and events[-1].generation == got
     assert "".join(e.piece for e in events if e.phase == "think") == got.reasoning
     assert "".join(e.piece for e in events if e.phase == "answer") == got.answer
+
+
+def test_decoding_by_a_runner_the_reply_is_the_plain_one_at_any_precision_and_a_warning_says_what_it_costs(tiny, caplog):
+    tok = tiny[1]
+    model = quantize(related_model(tok.vocab_size, 0.1), "int8")
+    model.runner = Runner(model, plain_steps(model))
+    speculate._warn_once.cache_clear()
+    for text in TEXTS[:2]:
+        plain, got = (generate(LoadedModel(model, tok), text, "think", max_tokens=40, speculate=s) for s in (False, True))
+        assert alike(plain) == alike(got) and got.n_accepted
+    assert caplog.text.count("speculation takes longer than plain decoding") == 1
 
 
 def test_speculation_is_refused_where_it_cannot_be(tiny):

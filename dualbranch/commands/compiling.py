@@ -1,4 +1,4 @@
-"""`dualbranch compile MODEL [--precision P]`: machine code for decoding, made once per machine and model shape (`compiled.py`)."""
+"""`dualbranch compile MODEL [--precision P]`: machine code for decoding and prompts, made once per machine and model shape (`compiled.py`)."""
 
 from __future__ import annotations
 
