@@ -3,7 +3,7 @@
 `quantize(model, "int8")`, or by part: `quantize(model, "slow=int8,fast=int4,head=int8")`. Rounding is to nearest, per row at 8 bits and in groups of 32
 columns at 4; norms, biases and the gate stay as they are. Plain "int4" leaves embedding and head at 8 bits: at 4 they cost SmolLM2-135M 6.8 % of
 perplexity, all other matrices together nothing (they come from 4 bits). The matrices and their products are `packed.py`'s. "int8-dynamic" is int8 whose
-feed-forwards round activations too where many tokens go through together (`dynamic.py`): prompts are read sooner.
+feed-forwards round activations too where many tokens go through together (`dynamic.py`): without AMX prompts are read sooner, with it plain int8 is.
 """
 
 from __future__ import annotations
