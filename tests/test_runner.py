@@ -286,7 +286,7 @@ def test_compiled_and_quantized_it_computes_the_same(monkeypatch, tmp_path):
             shapes = [(32,), (module.w_o.matrix.n_columns,)] if is_rest else [(32,), (1, 8), (1, 8)]
             args = [torch.randn(n_tokens, *shape, generator=generator) for shape in shapes]
             found, wanted = (run_step(steps[name], ModuleStep(module).weights_of(module), is_rest, *args) for steps in (model.runner.steps, plain))
-            torch.testing.assert_close(found, wanted, rtol=1e-2, atol=2e-2 if has_bf16_units(model.device) else 1e-4)
+            torch.testing.assert_close(found, wanted, rtol=1e-2, atol=5e-2 if has_bf16_units(model.device) else 1e-4)
 
 
 @pytest.mark.skipif(unavailable(make_tiny_model(400)) is not None, reason="no C++ compiler")
