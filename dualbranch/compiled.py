@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from dualbranch import block, config, dynamic, layers, packed, prompt, routing, runner
+from dualbranch import block, config, dynamic, layers, packed, prompt, routing, runner, sparse_prompt
 from dualbranch.config import DualBranchConfig
 from dualbranch.convert.names import cache_folder
 from dualbranch.packed import COMPILE_OPTIONS
@@ -48,7 +48,7 @@ PREFETCH = "-fprefetch-loop-arrays --param=prefetch-latency=900 --param=simultan
 --param=prefetch-min-insn-to-mem-ratio=1"
 
 #: The code of the steps, with this module's; a change to any of them makes new libraries.
-SOURCES = (runner, prompt, packed, dynamic, block, layers, routing, config, spec)
+SOURCES = (runner, prompt, sparse_prompt, packed, dynamic, block, layers, routing, config, spec)
 #: Settings that no step depends on.
 FREE = ("n_layers", "n_stem", "n_tail", "max_seq_len", "rope_theta", "rope_scaling", "d_gate")
 
@@ -145,6 +145,8 @@ def build(model: DualBranchModel, note: Callable[[str], None] = lambda text: Non
                 options = options | {"cpp.enable_floating_point_contract_flag": f"fast {PREFETCH}"}
             if isinstance(step, runner.BlockStep):
                 options = options | (IN_ONE_PIECE if step.chooses else ON_THE_STACK)
+            elif isinstance(step, sparse_prompt.Choose | sparse_prompt.Read):
+                options = options | IN_ONE_PIECE
             try:
                 torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
             except RuntimeError as error:  # all that torch raises for a compiler that fails
@@ -186,6 +188,8 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
         return (many.int(), many.int(), scale, scales, scales.clone()), (vary, vary, of_rows, of_columns, of_columns)
     if isinstance(step, dynamic.From8Bit):
         return (many.int(), scale, scales), (vary, of_rows, of_columns)
+    if isinstance(step, sparse_prompt.Choose | sparse_prompt.Read):
+        return _example_of_sparse(model, step)
     if isinstance(step, packed.Normed):
         return (torch.ones(40, c.d_model), torch.ones(c.d_model)), (of_rows, None)
     x = torch.zeros(1, c.d_model)
@@ -201,6 +205,21 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
     capacity = c.sparse.block_size * room
     args = (weights, x, *(t.clone() for t in (*cos_sin, k, v)), pooled, torch.zeros(70), torch.tensor([69 * c.sparse.block_size]))
     return args, (dict.fromkeys(weights), None, None, None, {2: capacity}, {2: capacity}, {1: n_blocks}, {0: begun}, None)
+
+
+def _example_of_sparse(model: DualBranchModel, step: sparse_prompt.Choose | sparse_prompt.Read) -> tuple[tuple[Tensor, ...], tuple]:
+    """What a step of sparse prompts takes, and which sizes vary."""
+    c, n, M = model.config, 3 * sparse_prompt.QUERIES, step.spec.n_selected_blocks
+    fast = next(b.fast for b in model.blocks if b.fast is not None)
+    of_products = partial(torch.zeros, dtype=packed.product_dtype(n, model.device) if isinstance(fast.w_q, packed.PackedLinear) else torch.float32)
+    q, at = of_products(n, c.fast_n_heads // c.n_kv_heads, c.head_dim), torch.arange(n)
+    if isinstance(step, sparse_prompt.Choose):
+        tile, groups = sparse_prompt.TILE, sparse_prompt.AHEAD * Dim("groups", min=2, max=1 << 20)
+        pooled, tiles = torch.zeros(3 * sparse_prompt.AHEAD, sparse_prompt.GROUP, c.head_dim), {0: Dim("tiles", min=2, max=1 << 20)}
+        return (q.view(-1, tile, *q.shape[1:]), pooled, at.view(-1, tile)), (tiles, {0: groups}, tiles)
+    queries, blocks = ({0: Dim(name, min=2, max=1 << 24)} for name in ("queries", "blocks"))
+    k, v = of_products(40, c.head_dim, step.spec.block_size), of_products(40, step.spec.block_size, c.head_dim)
+    return (q, k, v, torch.zeros(n, M, dtype=torch.int64), at), (queries, blocks, blocks, queries, queries)
 
 
 def _example_of_module(model: DualBranchModel, module: torch.nn.Module) -> tuple[tuple[Tensor, ...], tuple]:

@@ -2,7 +2,7 @@
 
 In PyTorch's own operators these are a dozen to the product, each of which reads and writes the tokens; and few tokens wait for Python. `plain_steps` are
 these steps as modules, `PromptBlock` is a block that runs them, or the same compiled (`runner.py`), where its matrices are packed. Attention stays outside:
-its operators depend on who reads what (`kernels`).
+its operators depend on who reads what (`kernels`), but for that of sparse tokens in one row, which has steps of its own (`sparse_prompt.py`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dualbranch import sparse_prompt
 from dualbranch.block import Block, Branch
 from dualbranch.packed import FEW, PackedFeedForward, PackedLinear, more_rows, product_dtype
+from dualbranch.routing import TokenGroup
+from dualbranch.sparse_prompt import SparsePrompt
 
 if TYPE_CHECKING:
     from dualbranch.model import DualBranchModel
@@ -77,9 +80,11 @@ def modules_of(block: Block) -> dict[str, nn.Module]:
     return modules
 
 
-def plain_steps(model: DualBranchModel) -> dict[str, ModuleStep]:
+def plain_steps(model: DualBranchModel) -> dict[str, nn.Module]:
     """Every step that prompts of `model` go through, by name, uncompiled."""
-    return {name: ModuleStep(module) for block in model.blocks for name, module in modules_of(block).items()}
+    steps: dict[str, nn.Module] = {name: ModuleStep(module) for block in model.blocks for name, module in modules_of(block).items()}
+    rules = {block.fast.reads for block in model.blocks if block.fast is not None and sparse_prompt.serves(block.fast.reads)}
+    return steps | {name: step for spec in rules for name, step in sparse_prompt.plain_steps(spec).items()}  # of all layers the same
 
 
 class PromptBlock:
@@ -92,7 +97,7 @@ class PromptBlock:
         self.sliding, self.attn_norm, self.reads_all = block.sliding, block.attn_norm, block.reads_all
         self.kv = _either(block.kv, run.get("keys"))
         self.slow, self.fast = (
-            None if branch is None else PromptBranch(branch, run.get(f"queries-{name}"), run.get(f"rest-{name}"))
+            None if branch is None else PromptBranch(branch, run.get(f"queries-{name}"), run.get(f"rest-{name}"), steps)
             for name, branch in (("slow", block.slow), ("fast", block.fast))
         )
 
@@ -101,14 +106,21 @@ class PromptBlock:
 
 
 class PromptBranch:
-    """A branch of a `PromptBlock`, through its steps `queries` and `rest` where there are such."""
+    """A branch of a `PromptBlock`, through its steps `queries` and `rest` where there are such, and through those of sparse attention among `steps` where it
+    reads by such a rule."""
 
-    def __init__(self, branch: Branch, queries: Callable | None, rest: Callable | None) -> None:
+    def __init__(self, branch: Branch, queries: Callable | None, rest: Callable | None, steps: Mapping[str, Callable]) -> None:
         self.sliding, self.reads = branch.sliding, branch.reads
         self.queries, self.rest_at_once = _either(branch.queries, queries), _either(branch.rest, rest)
+        self.sparse = SparsePrompt(branch.reads, steps["choose"], steps["read"]) if sparse_prompt.serves(branch.reads) else None
 
     __call__ = Branch.forward
-    attend = Branch.attend
+
+    def attend(self, h: Tensor, group: TokenGroup, k: Tensor, v: Tensor, pooled: Tensor | None) -> Tensor:
+        """As `Branch.attend`."""
+        if self.sparse is None or len(h) <= FEW or not self.sparse.takes(group.plan):
+            return Branch.attend(self, h, group, k, v, pooled)
+        return self.sparse(self.queries(h, *group.angles(self.sliding)), k, v, pooled, group.plan).flatten(1)
 
     def rest(self, x: Tensor, heads: Tensor) -> Tensor:
         """As `Branch.rest`. Hidden activations exist for `AT_ONCE` tokens at a time."""

@@ -5,6 +5,7 @@ import torch
 from conftest import make_tiny_model, make_tiny_tokenizer
 from test_runner import DIALECTS
 
+from dualbranch.cache import KVCache
 from dualbranch.model import ROUTES
 from dualbranch.packed import FEW
 from dualbranch.precision import quantize
@@ -39,7 +40,7 @@ def passes(model):
     with torch.no_grad():
         for route in ROUTES:
             how = {"budget": 0.5} if route == "auto" else {}
-            cache, rows = model.new_cache(1, 64), model.new_cache(2, 64)
+            cache, rows = (KVCache(model.config, n, 64) for n in (1, 2))  # in fp32: rounding keys to bf16 makes much of little
             for begin, end in ((0, 33), (33, 60)):
                 found.append(model(tokens[:1, begin:end], route, cache=cache, last_only=begin == 0, **how))
             found.append(model(tokens, route, cache=rows, lengths=torch.tensor([60, 14]), **how))
@@ -54,6 +55,13 @@ def assert_same(found, expected, tolerance):
             continue
         torch.testing.assert_close(a.logits, b.logits, rtol=tolerance, atol=4 * tolerance)
         assert (a.use_slow is None) == (b.use_slow is None) and (a.use_slow is None or torch.equal(a.use_slow, b.use_slow))
+
+
+def assert_as_close(found, plain, exact):
+    """`found`, in bf16, is no further from what fp32 gives than twice as far as `plain`."""
+    for a, b, c in zip(found, plain, exact, strict=True):
+        a, b, c = (x if isinstance(x, torch.Tensor) else x.logits for x in (a, b, c))
+        assert (a - c).norm() <= 2 * (b - c).norm()
 
 
 #: Branches whose tokens attend in one call.
@@ -75,12 +83,21 @@ def test_prompts_in_steps_are_what_blocks_compute(monkeypatch, dialect):
 @pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_is_not_packed_or_dynamic_is_left_to_the_block(monkeypatch, precision, alike, bf16):
-    for module in ("packed", "runner"):
-        monkeypatch.setattr(f"dualbranch.{module}.has_bf16_units", lambda device: bf16)
+    def has_bf16(has):
+        for module in ("packed", "runner"):
+            monkeypatch.setattr(f"dualbranch.{module}.has_bf16_units", lambda device: has)
+
     model, calls = quantized(precision, **ALIKE if alike else {}), []
+    has_bf16(False)
+    exact = passes(model)
+    has_bf16(bf16)
     expected = passes(model)
     model.runner = Runner(model, noting(model, calls))
-    assert_same(passes(model), expected, 2e-2 if bf16 else 1e-4)
+    found = passes(model)
+    if bf16:
+        assert_as_close(found, expected, exact)
+    else:
+        assert_same(found, expected, 1e-4)
     parts = {"keys": "slow", "queries-slow": "slow", "rest-slow": "slow", "queries-fast": "fast", "rest-fast": "fast"}
     given = dict(item.split("=") for item in precision.split(",")) if "=" in precision else {"slow": precision, "fast": precision}
     packed = {part for part, of in parts.items() if of in given}

@@ -15,11 +15,11 @@ from dualbranch import compiled, memory
 from dualbranch.cache import CacheFull
 from dualbranch.compiled import PREFETCH, build, merge_repeated, steps_folder, unavailable
 from dualbranch.model import DualBranchModel
-from dualbranch.packed import FEW
+from dualbranch.packed import FEW, product_dtype
 from dualbranch.precision import quantize
 from dualbranch.prompt import ModuleStep, modules_of, run_step
 from dualbranch.runner import Runner, plain_steps, read, sparse_blocks
-from kernels import AttentionPlan, SparseSpec, has_bf16_units
+from kernels import AttentionPlan, SparseSpec, has_bf16_units, reference, sparse_attention
 from kernels.reference import pool_keys, select_blocks, sparse_mask
 
 DIALECTS = {
@@ -248,8 +248,9 @@ def test_steps_that_choose_blocks_take_one_allocation_and_the_others_the_stack(m
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", note)
     build(model)
-    assert {name for name, how in options.items() if "memory_planning" in how} == {"fast-sparse"}
-    assert {name for name, how in options.items() if "aot_inductor.allow_stack_allocation" in how} == set(options) - {"fast-sparse", "embed", "logits"}
+    in_one_piece = {"fast-sparse", "choose", "read"}
+    assert {name for name, how in options.items() if "memory_planning" in how} == in_one_piece
+    assert {name for name, how in options.items() if "aot_inductor.allow_stack_allocation" in how} == set(options) - in_one_piece - {"embed", "logits"}
     assert "sliding-fast-sparse" in options
 
 
@@ -272,9 +273,9 @@ def test_compiled_and_quantized_it_computes_the_same(monkeypatch, tmp_path):
     model = quantize(model, "slow=int8-dynamic,fast=int8,head=int8", tok)
     routes = {"slow": {}, "fast": {}, "auto": {"budget": 0.5}}
     expected = {route: decode(model, tokens, 5, route, **how)[0] for route, how in routes.items()}
-    names, n = [], 14 + 2 * has_bf16_units(model.device)
+    names, n = [], 16 + 2 * has_bf16_units(model.device)
     build(model, names.append)
-    # slow, fast, fast-sparse, embed, logits, keys, queries of both, rest of fast, unpacking to each dtype, norms, between 8-bit products
+    # slow, fast, fast-sparse, embed, logits, keys, queries of both, rest of fast, choose, read, unpacking to each dtype, norms, between 8-bit products
     assert len(names) == len(plain_steps(model)) == n
     build(model, names.append)
     assert len(names) == n, "what is built is built again"
@@ -298,6 +299,14 @@ def test_compiled_and_quantized_it_computes_the_same(monkeypatch, tmp_path):
                 exact = run_step(plain[name], weights, is_rest, *args)
             off, allowed = (largest_difference(result, exact) for result in (found, in_operators))
             assert off <= 2 * allowed + 1e-5, f"{name} of {n_tokens} tokens is off by {off}, PyTorch's operators by {allowed}"
+    sparse, c = model.runner.blocks[1].fast.sparse, model.config
+    dtype = product_dtype(c.max_seq_len, model.device)
+    for n_tokens in (c.sparse.dense_len + 5, c.max_seq_len):
+        q, k, v = (torch.randn(1, n_tokens, n_heads, c.head_dim).to(dtype) for n_heads in (c.fast_n_heads, c.n_kv_heads, c.n_kv_heads))
+        plan = AttentionPlan(torch.arange(n_tokens)[None], n_tokens)
+        exact = reference.sparse_attention(q.float(), k.float(), v.float(), plan, c.sparse)
+        off, allowed = (largest_difference(x, exact) for x in (sparse(q[0], k, v, None, plan)[None], sparse_attention(q, k, v, plan, c.sparse)))
+        assert off <= 2 * allowed + 1e-5, f"sparse attention of {n_tokens} tokens is off by {off}, PyTorch's operators by {allowed}"
 
 
 @pytest.mark.skipif(unavailable(make_tiny_model(400)) is not None, reason="no C++ compiler")
