@@ -1,6 +1,6 @@
 """Times the fast branch's sparse attention against dense SDPA, after checking that both compute what they promise.
 
-    python benchmarks/attention.py [--lengths 1024 2048] [--quick] [--device cuda]
+    python benchmarks/attention.py [--lengths 1024 2048] [--quick] [--device cuda] [--compiled]
 
 Prefill: one row, all queries. Decode: one query over a cache of that many keys, the mean of 16 layers that take turns, as those of a model do.
 Baseline and ours run strictly in turn, in one process, the median of `--repeats` after one warm-up call. Extra memory: the sum of live tensors
@@ -10,6 +10,9 @@ Two kinds of data, for how much neighbouring queries' choices overlap decides ho
 - random: independent normal queries and keys, the worst case: neighbours share nothing but chance;
 - smooth: what we take for text. Per KV head a walk along the sequence (AR(1), unit variance, correlation exp(-n / 64) over n tokens) for keys and another
   for queries, half as much noise on both (on queries per head), and one direction u added to all queries and to the keys of one block in 64: heavy hitters.
+`--compiled` (CPU): sparse prefill also through the two steps that `dualbranch compile` makes machine code of (`dualbranch/sparse_prompt.py`), which takes a
+minute of compiling first. A model so compiled reads its prompts that way.
+
 "distinct" says how many blocks 64 consecutive queries choose together, of n_selected_blocks each: the mean over tiles of sparse queries and KV heads.
 """
 
@@ -21,7 +24,9 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -65,7 +70,25 @@ def count_distinct(q: torch.Tensor, k: torch.Tensor, plan: AttentionPlan, spec: 
     return statistics.mean(counts) if counts else math.nan
 
 
-def check(args: argparse.Namespace) -> float:
+def compiled_prompt(args: argparse.Namespace) -> Callable:
+    """Sparse attention of a prompt by compiled steps, called as `sparse_attention`."""
+    from dualbranch import compiled, sparse_prompt
+
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {}
+        for name, step in sparse_prompt.plain_steps(SparseSpec()).items():
+            path, example = Path(folder) / f"{name}.pt2", compiled.example_of_sparse(step, args.n_heads // args.n_kv_heads, args.head_dim, args.dtype)
+            compiled.compile_step(step, *example, path, torch.get_num_threads())
+            steps[name] = compiled.opened(path)
+    prompt = sparse_prompt.SparsePrompt(SparseSpec(), **steps)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: torch.Tensor | None = None) -> torch.Tensor:
+        return prompt(q[0], k, v, pooled, plan)[None]
+
+    return attend
+
+
+def check(args: argparse.Namespace, compiled: Callable | None) -> float:
     """Largest difference to the reference over prefill and decode; raises if it is more than rounding."""
     spec, S, worst = SparseSpec(), 1500, 0.0  # dense, masked and sparse queries
     plan = AttentionPlan(torch.arange(S, device=args.device)[None], S)
@@ -74,6 +97,8 @@ def check(args: argparse.Namespace) -> float:
         q, k, v = make(S, S, args, data)
         expected = ref(q.float(), k.float(), v.float(), plan, *extra)
         worst = max(worst, (op(q, k, v, plan, *extra).float() - expected).abs().max().item())
+        if compiled and op is sparse_attention:
+            worst = max(worst, (compiled(q, k, v, plan, *extra).float() - expected).abs().max().item())
         last = AttentionPlan(plan.q_pos[:, -1:], S)
         worst = max(worst, (op(q[:, -1:], k, v, last, *extra).float() - expected[:, -1:]).abs().max().item())
     allowed = 1e-4 if args.dtype == torch.float32 else 5e-2
@@ -116,7 +141,7 @@ def peak_extra_mib(call, device: str) -> float:
 
 
 @torch.inference_mode()
-def measure_one(phase: str, n: int, data: str, args: argparse.Namespace) -> dict:
+def measure_one(phase: str, n: int, data: str, args: argparse.Namespace, compiled: Callable | None) -> dict:
     """One table row: a whole prefill of n tokens, or one decode step over n keys: of LAYERS layers, each with a cache of its own, as a model has them."""
     spec = SparseSpec()
     T, n_layers = (n, 1) if phase == "prefill" else (1, LAYERS)
@@ -134,6 +159,8 @@ def measure_one(phase: str, n: int, data: str, args: argparse.Namespace) -> dict
         "dense": lambda k, v, _: dense_attention(q, k, v, plan),
         "sparse": lambda k, v, pooled: sparse_attention(q, k, v, plan, spec, pooled),
     }
+    if compiled and phase == "prefill":
+        ops["compiled"] = lambda k, v, pooled: compiled(q, k, v, plan, spec, pooled)
     calls = {name: lambda op=op: [op(*layer) for layer in layers] for name, op in ops.items()}
     row = {"phase": phase, "n_keys": n, "data": data}
     if phase == "prefill":
@@ -145,16 +172,19 @@ def measure_one(phase: str, n: int, data: str, args: argparse.Namespace) -> dict
     return row
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
+def measure(args: argparse.Namespace, compiled: Callable | None) -> list[dict]:
     rows = []
     for n in args.lengths:
         for phase, data in (("prefill", "random"), ("prefill", "smooth"), ("decode", "random")):
-            row = measure_one(phase, n, data, args)
+            row = measure_one(phase, n, data, args, compiled)
             rows.append(row)
-            faster = min(row["sdpa_ms"], row["dense_ms"]) / row["sparse_ms"]
+            best = "compiled" if "compiled_ms" in row else "sparse"
+            faster = min(row["sdpa_ms"], row["dense_ms"]) / row[f"{best}_ms"]
             print(
                 f"| {phase} | {data} | {n} | {row.get('distinct', math.nan):.0f} | {row['sdpa_ms']:.2f} | {row['dense_ms']:.2f} "
-                f"| {row['sparse_ms']:.2f} ± {row['sparse_spread_ms']:.2f} | {faster:.2f}x | {row['sdpa_mib']:.1f} | {row['sparse_mib']:.1f} |",
+                f"| {row['sparse_ms']:.2f} ± {row['sparse_spread_ms']:.2f} | {row.get('compiled_ms', math.nan):.2f} "
+                f"| {row['sdpa_ms'] / row[f'{best}_ms']:.2f}x | {faster:.2f}x | {row['sdpa_mib']:.1f} "
+                f"| {row['sparse_mib']:.1f} | {row.get('compiled_mib', math.nan):.1f} |",
                 flush=True,
             )
     return rows
@@ -177,7 +207,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--cpu-time", action="store_true", help="count this process's CPU seconds, not wall time: for a busy machine, with --threads 1")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--compiled", action="store_true", help="sparse prefill by compiled steps too, on a CPU")
     args = parser.parse_args(argv)
+    if args.compiled and args.device != "cpu":
+        raise ValueError("--compiled means something only on --device cpu")
     if args.cpu_time and (args.threads != 1 or args.device != "cpu"):
         raise ValueError("--cpu-time means something only with --threads 1 on --device cpu")
     if args.threads:
@@ -185,14 +218,15 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args.dtype = getattr(torch, args.dtype)
     args.lengths = args.lengths or (LENGTHS[:2] if args.quick else LENGTHS)
     args.repeats = 1 if args.quick else args.repeats
-    worst = check(args)
+    compiled = compiled_prompt(args) if args.compiled else None
+    worst = check(args, compiled)
     cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if args.device == "cuda" else cpu
     print(f"equal to the reference within {worst:.1e}; {device}, {args.dtype}, {'CPU' if args.cpu_time else 'wall'} time")
     print(f"{args.n_heads} heads x {args.head_dim}, {args.n_kv_heads} KV heads, batch 1, {SparseSpec()}")
-    print("| phase | data | keys | distinct | SDPA ms | dense ms | sparse ms | faster than best dense | SDPA MiB | sparse MiB |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    rows = measure(args)
+    print("| phase | data | keys | distinct | SDPA ms | dense ms | sparse ms | compiled ms | of SDPA | of best dense | SDPA MiB | sparse MiB | compiled MiB |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    rows = measure(args, compiled)
     info = {"torch": torch.__version__, "commit": commit(), "device": device, "backend": get_backend(), "dtype": str(args.dtype), "cpu_time": args.cpu_time}
     info |= {"n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads, "head_dim": args.head_dim, "spec": vars(SparseSpec()), "max_error": worst}
     print(json.dumps({"benchmark": "attention", **info, "rows": rows}))

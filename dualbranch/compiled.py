@@ -27,6 +27,7 @@ from torch.export import Dim
 from dualbranch import block, config, dynamic, layers, packed, prompt, routing, runner, sparse_prompt
 from dualbranch.config import DualBranchConfig
 from dualbranch.convert.names import cache_folder
+from dualbranch.forks import at_once, run_in_forks
 from dualbranch.packed import COMPILE_OPTIONS
 from dualbranch.schema import to_dict
 from kernels import has_bf16_units, spec
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 ON_THE_STACK = {"aot_inductor.allow_stack_allocation": True}
 #: For steps that choose blocks: topk is a call of PyTorch, for which nothing may lie on the stack. One allocation instead of 44.
 IN_ONE_PIECE = {"memory_planning": True}
+#: Besides, for steps of sparse prompts: the compiler writes short sums and maxima out, and where each of many passes needs the last, that doubles in each.
+NOT_WRITTEN_OUT = {"unroll_reductions_threshold": 1}
 
 #: For GCC: ask for weights 900 instructions before they are multiplied. What the processor fetches by itself is some 20 lines ahead, and reading and
 #: arithmetic then come one after the other.
@@ -97,14 +100,14 @@ def load_steps(model: DualBranchModel) -> dict[str, Callable] | None:
     if not is_built(model, model.precision):
         return None
     try:
-        return {name: _opened(folder / f"{name}.pt2") for name in runner.plain_steps(model)}
+        return {name: opened(folder / f"{name}.pt2") for name in runner.plain_steps(model)}
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch says that it can't read a library
         logger.warning("what was compiled can't be opened and is deleted: %s", str(error).strip()[:200])
         shutil.rmtree(folder, ignore_errors=True)
         return None
 
 
-def _opened(path: Path) -> Callable:
+def opened(path: Path) -> Callable:
     """The library as a function of `(weights, *tensors)` or `(*tensors)`, in the order it was exported with.
 
     Not by `torch._inductor.aoti_load_package`: that imports the whole compiler (150 MB, seconds), and what it returns works out how to flatten its
@@ -119,8 +122,9 @@ def _opened(path: Path) -> Callable:
     return step
 
 
-def build(model: DualBranchModel, note: Callable[[str], None] = lambda text: None) -> None:
-    """Compiles the steps of `model` where that has not been done; `note` is told of each. About ten seconds per step; a killed build is taken up again.
+def build(model: DualBranchModel, note: Callable[[str], None] = lambda text: None, n_at_once: int | None = None) -> None:
+    """Compiles the steps of `model` where that has not been done, `n_at_once` of them at a time (by default as `forks.at_once` says); `note` is told of each.
+    Ten to thirty seconds per step and core; a killed build is taken up again.
 
     Raises ValueError where it can't be done, and where the compiler fails.
     """
@@ -129,30 +133,37 @@ def build(model: DualBranchModel, note: Callable[[str], None] = lambda text: Non
     folder = steps_folder(model.config, model.precision)
     folder.mkdir(parents=True, exist_ok=True)
     steps = runner.plain_steps(model)
-    for i, (name, step) in enumerate(steps.items(), 1):
-        if (folder / f"{name}.pt2").exists():
-            continue
-        note(f"compiling {name} ({i} of {len(steps)})")
-        with tempfile.TemporaryDirectory(dir=folder) as temporary, warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            args, dynamic = example(model, step)
-            program = torch.export.export(step, args, dynamic_shapes=dynamic, strict=False)
-            program = program.run_decompositions({torch.ops.aten.linear.default: runner.linear_as_sums})
-            merge_repeated(program)
-            path = str(Path(temporary) / f"{name}.pt2")
-            options = COMPILE_OPTIONS
-            if _is_gcc(os.environ.get("CXX") or "g++"):  # PyTorch takes flags nowhere but in the value of one that it passes on
-                options = options | {"cpp.enable_floating_point_contract_flag": f"fast {PREFETCH}"}
-            if isinstance(step, runner.BlockStep):
-                options = options | (IN_ONE_PIECE if step.chooses else ON_THE_STACK)
-            elif isinstance(step, sparse_prompt.Choose | sparse_prompt.Read):
-                options = options | IN_ONE_PIECE
-            try:
-                torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
-            except RuntimeError as error:  # all that torch raises for a compiler that fails
-                raise ValueError(f"{name} can't be compiled: {str(error).strip()[:300]}") from error
-            os.replace(path, folder / f"{name}.pt2")
+    paths = {f"compiling {name} ({i} of {len(steps)})": folder / f"{name}.pt2" for i, name in enumerate(steps, 1)}
+    tasks = {text: partial(_compile, model, steps[path.stem], path, torch.get_num_threads()) for text, path in paths.items() if not path.exists()}
+    run_in_forks(tasks, n_at_once or at_once(), note)
     (folder / "done").touch()
+
+
+def _compile(model: DualBranchModel, step: torch.nn.Module, path: Path, n_threads: int) -> None:
+    compile_step(step, *example(model, step), path, n_threads)
+
+
+def compile_step(step: torch.nn.Module, args: tuple, dynamic: tuple, path: Path, n_threads: int) -> None:
+    """Makes a library of `step` at `path`, for arguments like `args` of which the sizes `dynamic` may vary, and for one thread or, `n_threads` > 1, for any
+    number. Raises ValueError where the compiler fails."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(step, args, dynamic_shapes=dynamic, strict=False)
+        program = program.run_decompositions({torch.ops.aten.linear.default: runner.linear_as_sums})
+        merge_repeated(program)
+        options = COMPILE_OPTIONS | {"cpp.threads": n_threads}
+        if _is_gcc(os.environ.get("CXX") or "g++"):  # PyTorch takes flags nowhere but in the value of one that it passes on
+            options = options | {"cpp.enable_floating_point_contract_flag": f"fast {PREFETCH}"}
+        if isinstance(step, runner.BlockStep):
+            options = options | (IN_ONE_PIECE if step.chooses else ON_THE_STACK)
+        elif isinstance(step, sparse_prompt.Choose | sparse_prompt.Read):
+            options = options | IN_ONE_PIECE | NOT_WRITTEN_OUT
+        made = Path(temporary) / path.name
+        try:
+            torch._inductor.aoti_compile_and_package(program, package_path=str(made), inductor_configs=options)
+        except RuntimeError as error:  # all that torch raises for a compiler that fails
+            raise ValueError(f"{path.stem} can't be compiled: {str(error).strip()[:300]}") from error
+        os.replace(made, path)
 
 
 @cache
@@ -189,7 +200,9 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
     if isinstance(step, dynamic.From8Bit):
         return (many.int(), scale, scales), (vary, of_rows, of_columns)
     if isinstance(step, sparse_prompt.Choose | sparse_prompt.Read):
-        return _example_of_sparse(model, step)
+        fast = next(b.fast for b in model.blocks if b.fast is not None)
+        dtype = packed.product_dtype(sparse_prompt.QUERIES, model.device) if isinstance(fast.w_q, packed.PackedLinear) else torch.float32
+        return example_of_sparse(step, c.fast_n_heads // c.n_kv_heads, c.head_dim, dtype)
     if isinstance(step, packed.Normed):
         return (torch.ones(40, c.d_model), torch.ones(c.d_model)), (of_rows, None)
     x = torch.zeros(1, c.d_model)
@@ -207,18 +220,16 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
     return args, (dict.fromkeys(weights), None, None, None, {2: capacity}, {2: capacity}, {1: n_blocks}, {0: begun}, None)
 
 
-def _example_of_sparse(model: DualBranchModel, step: sparse_prompt.Choose | sparse_prompt.Read) -> tuple[tuple[Tensor, ...], tuple]:
-    """What a step of sparse prompts takes, and which sizes vary."""
-    c, n, M = model.config, 3 * sparse_prompt.QUERIES, step.spec.n_selected_blocks
-    fast = next(b.fast for b in model.blocks if b.fast is not None)
-    of_products = partial(torch.zeros, dtype=packed.product_dtype(n, model.device) if isinstance(fast.w_q, packed.PackedLinear) else torch.float32)
-    q, at = of_products(n, c.fast_n_heads // c.n_kv_heads, c.head_dim), torch.arange(n)
+def example_of_sparse(step: sparse_prompt.Choose | sparse_prompt.Read, n_groups: int, head_dim: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple]:
+    """What a step of sparse prompts takes, of `n_groups` query heads per KV head, and which sizes vary."""
+    n, size, M = 3 * sparse_prompt.QUERIES, step.spec.block_size, step.spec.n_selected_blocks
+    q, at = torch.zeros(n, n_groups, head_dim, dtype=dtype), torch.arange(n)
     if isinstance(step, sparse_prompt.Choose):
         tile, groups = sparse_prompt.TILE, sparse_prompt.AHEAD * Dim("groups", min=2, max=1 << 20)
-        pooled, tiles = torch.zeros(3 * sparse_prompt.AHEAD, sparse_prompt.GROUP, c.head_dim), {0: Dim("tiles", min=2, max=1 << 20)}
+        pooled, tiles = torch.zeros(3 * sparse_prompt.AHEAD, sparse_prompt.GROUP, head_dim), {0: Dim("tiles", min=2, max=1 << 20)}
         return (q.view(-1, tile, *q.shape[1:]), pooled, at.view(-1, tile)), (tiles, {0: groups}, tiles)
     queries, blocks = ({0: Dim(name, min=2, max=1 << 24)} for name in ("queries", "blocks"))
-    k, v = of_products(40, c.head_dim, step.spec.block_size), of_products(40, step.spec.block_size, c.head_dim)
+    k, v = (torch.zeros(40, *shape, dtype=dtype) for shape in ((head_dim, size), (size, head_dim)))
     return (q, k, v, torch.zeros(n, M, dtype=torch.int64), at), (queries, blocks, blocks, queries, queries)
 
 

@@ -159,7 +159,6 @@ class SparsePrompt:
         """Attention of `q (N, H, D)` over `k, v (1, S, Hk, D)` with mean keys `pooled (1, n, Hk, D)` of complete blocks (None: made here): `(N, H, D)`."""
         n_keys, n_heads, size, D = plan.max_pos + 1, k.shape[2], self.spec.block_size, k.shape[3]
         k, v, out = k[:, :n_keys], v[:, :n_keys], torch.empty_like(q)
-        pooled = pool_keys(k, size) if pooled is None else pooled[:, : n_keys // size]
         n_dense, of_dense = plan.cached(("dense queries", self.spec), lambda: _dense_part(plan, self.spec.dense_len))
         if n_dense:
             of_keys = slice(of_dense.n_keys)
@@ -169,7 +168,8 @@ class SparsePrompt:
         for head in range(n_heads):
             keys, values = (_whole(x[0, :, head], size).to(q.dtype).unflatten(0, (-1, size)) for x in (k, v))
             keys, values = keys.transpose(1, 2).contiguous(), values.contiguous()
-            mean_keys = _whole(pooled[0, :, head], BLOCKS).contiguous().view(-1, GROUP, D)
+            mean_keys = pool_keys(k[:, :, head : head + 1], size)[0, :, 0] if pooled is None else pooled[0, : n_keys // size, head]
+            mean_keys = _whole(mean_keys, BLOCKS).contiguous().view(-1, GROUP, D)
             for start in range(0, len(at), AT_ONCE):
                 part = slice(start, start + AT_ONCE)
                 of_out[part, head] = self._part(of_q[part, head], keys, values, mean_keys, at[part])
@@ -192,5 +192,6 @@ def _dense_part(plan: AttentionPlan, dense_len: int) -> tuple[int, AttentionPlan
 
 
 def _whole(x: Tensor, size: int) -> Tensor:
-    """`x (n, D)` with rows of zeros, so that they are a multiple of `size`."""
-    return F.pad(x, (0, 0, 0, -len(x) % size)) if len(x) % size else x
+    """`x (n, D)` with rows of zeros, so that they are a multiple of `size`, at least one."""
+    more = -len(x) % size if len(x) else size
+    return F.pad(x, (0, 0, 0, more)) if more else x

@@ -247,7 +247,7 @@ def test_steps_that_choose_blocks_take_one_allocation_and_the_others_the_stack(m
         Path(package_path).touch()
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", note)
-    build(model)
+    build(model, n_at_once=1)
     in_one_piece = {"fast-sparse", "choose", "read"}
     assert {name for name, how in options.items() if "memory_planning" in how} == in_one_piece
     assert {name for name, how in options.items() if "aot_inductor.allow_stack_allocation" in how} == set(options) - in_one_piece - {"embed", "logits"}
@@ -330,7 +330,7 @@ def test_compiled_in_fp32_it_computes_the_same(monkeypatch, tmp_path):
     compiler_with_log.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {os.environ.get("CXX") or "g++"} "$@"\n')
     compiler_with_log.chmod(0o755)
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(compiler_with_log)))
-    build(model)
+    build(model, n_at_once=1)
     asked = [set(line.split()) for line in log.read_text().splitlines() if "-c" in line.split()]
     expected_flags = {"-ffp-contract=fast", *(PREFETCH.split() if compiled._is_gcc(str(compiler_with_log)) else ())}
     assert asked and all(expected_flags <= flags for flags in asked), "PyTorch passes the C++ compiler's flags on"
@@ -362,7 +362,7 @@ def test_a_compiler_that_fails_is_a_value_error(monkeypatch, tmp_path):
         raise RuntimeError("C++ compile error\nno space left")
 
     monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fail)
-    with pytest.raises(ValueError, match="slow can't be compiled: C\\+\\+ compile error"):
+    with pytest.raises(ValueError, match="^(slow|fast) can't be compiled: C\\+\\+ compile error"):
         build(make_tiny_model(400))
 
 
