@@ -11,6 +11,7 @@ from kernels.spec import AttentionPlan
 MASK_ELEMENTS = 1 << 22  # most (T x S) mask entries per row alive at once in a chunk of dense attention
 CACHED_MASK_ELEMENTS = 1 << 26  # masks of a plan are kept for the next layer up to this size
 RISING_QUERIES = 128  # queries per chunk of dense attention in bf16: their scores stay in the cache
+RISING_SCORES = 5 << 19  # most scores of theirs that are computed at once, by KV heads, for the same reason
 RISING_QUERIES_SDPA = 512  # the same where SDPA computes them
 DOCUMENT_QUERIES = 144  # queries per chunk of dense attention over packed documents
 
@@ -65,9 +66,11 @@ def rising_in_bf16(q: Tensor, k: Tensor, v: Tensor, chunks: list[tuple[slice, in
     out = torch.empty_like(qg)
     for part, last, bias in chunks:
         n, width = bias.shape
-        scores = torch.bmm(qg[:, :, part].reshape(-1, G * n, D), k[:, :, : last + 1])  # (B * Hk, G * n, last + 1)
-        scores.view(-1, G, n, last + 1)[..., last + 1 - width :] += bias
-        out[:, :, part] = torch.bmm(scores.softmax(-1), v[:, : last + 1]).view(-1, G, n, D)
+        n_heads = max(1, RISING_SCORES // (G * n * (last + 1)))
+        for some in (slice(i, i + n_heads) for i in range(0, B * Hk, n_heads)):
+            scores = torch.bmm(qg[some, :, part].reshape(-1, G * n, D), k[some, :, : last + 1])  # (heads, G * n, last + 1)
+            scores.view(-1, G, n, last + 1)[..., last + 1 - width :] += bias
+            out[some, :, part] = torch.bmm(scores.softmax(-1), v[some, : last + 1]).view(-1, G, n, D)
     return out.view(B, Hk, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
