@@ -80,7 +80,7 @@ def compiled_prompt(args: argparse.Namespace) -> Callable:
             path, example = Path(folder) / f"{name}.pt2", compiled.example_of_sparse(step, args.n_heads // args.n_kv_heads, args.head_dim, args.dtype)
             compiled.compile_step(step, *example, path, torch.get_num_threads())
             steps[name] = compiled.opened(path)
-    prompt = sparse_prompt.SparsePrompt(SparseSpec(), **steps)
+    prompt = sparse_prompt.SparsePrompt(SparseSpec(), **steps, dtype=args.dtype)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, spec: SparseSpec, pooled: torch.Tensor | None = None) -> torch.Tensor:
         return prompt(q[0], k, v, pooled, plan)[None]

@@ -15,7 +15,8 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 #: For steps that return nothing and choose no blocks: what they need in between lies on the stack, which saves a fifth of the time of a small layer.
 #: (What a step returned would lie there too, and be overwritten by the next call: PyTorch 2.13 leaves that to the caller.)
 ON_THE_STACK = {"aot_inductor.allow_stack_allocation": True}
-#: For steps that choose blocks: topk is a call of PyTorch, for which nothing may lie on the stack. One allocation instead of 44.
+#: For steps that choose blocks (topk is a call of PyTorch, for which nothing may lie on the stack) or return something: one allocation instead of 44.
 IN_ONE_PIECE = {"memory_planning": True}
 #: Besides, for steps of sparse prompts: the compiler writes short sums and maxima out, and where each of many passes needs the last, that doubles in each.
 NOT_WRITTEN_OUT = {"unroll_reductions_threshold": 1}
@@ -132,38 +133,51 @@ def build(model: DualBranchModel, note: Callable[[str], None] = lambda text: Non
         raise ValueError(f"the decode step can't be compiled: {reason}")
     folder = steps_folder(model.config, model.precision)
     folder.mkdir(parents=True, exist_ok=True)
-    steps = runner.plain_steps(model)
-    paths = {f"compiling {name} ({i} of {len(steps)})": folder / f"{name}.pt2" for i, name in enumerate(steps, 1)}
-    tasks = {text: partial(_compile, model, steps[path.stem], path, torch.get_num_threads()) for text, path in paths.items() if not path.exists()}
-    run_in_forks(tasks, n_at_once or at_once(), note)
+    steps, n_threads = runner.plain_steps(model), torch.get_num_threads()
+    names = [name for name in sorted(steps, key=lambda name: name != "choose") if not (folder / f"{name}.pt2").exists()]  # the longest first
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+
+        def compile_one(name: str) -> None:
+            made = Path(temporary, f"{name}.pt2")
+            compile_step(steps[name], *example(model, steps[name]), made, n_threads)
+            os.replace(made, folder / made.name)
+
+        tasks = {f"compiling {name} ({i} of {len(names)})": partial(compile_one, name) for i, name in enumerate(names, 1)}
+        run_in_forks(tasks, n_at_once or at_once(), note)
     (folder / "done").touch()
-
-
-def _compile(model: DualBranchModel, step: torch.nn.Module, path: Path, n_threads: int) -> None:
-    compile_step(step, *example(model, step), path, n_threads)
 
 
 def compile_step(step: torch.nn.Module, args: tuple, dynamic: tuple, path: Path, n_threads: int) -> None:
     """Makes a library of `step` at `path`, for arguments like `args` of which the sizes `dynamic` may vary, and for one thread or, `n_threads` > 1, for any
     number. Raises ValueError where the compiler fails."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as temporary, warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _threads_said(1 if n_threads == 1 else os.cpu_count()):
         warnings.simplefilter("ignore")
         program = torch.export.export(step, args, dynamic_shapes=dynamic, strict=False)
         program = program.run_decompositions({torch.ops.aten.linear.default: runner.linear_as_sums})
         merge_repeated(program)
-        options = COMPILE_OPTIONS | {"cpp.threads": n_threads}
+        options = COMPILE_OPTIONS
         if _is_gcc(os.environ.get("CXX") or "g++"):  # PyTorch takes flags nowhere but in the value of one that it passes on
             options = options | {"cpp.enable_floating_point_contract_flag": f"fast {PREFETCH}"}
         if isinstance(step, runner.BlockStep):
             options = options | (IN_ONE_PIECE if step.chooses else ON_THE_STACK)
         elif isinstance(step, sparse_prompt.Choose | sparse_prompt.Read):
             options = options | IN_ONE_PIECE | NOT_WRITTEN_OUT
-        made = Path(temporary) / path.name
         try:
-            torch._inductor.aoti_compile_and_package(program, package_path=str(made), inductor_configs=options)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
         except RuntimeError as error:  # all that torch raises for a compiler that fails
             raise ValueError(f"{path.stem} can't be compiled: {str(error).strip()[:300]}") from error
-        os.replace(made, path)
+
+
+@contextmanager
+def _threads_said(n: int) -> Iterator[None]:
+    """Has PyTorch's compiler believe that this process computes with n threads. Where those are as many as the machine has cores it writes code for any
+    number of them, and else for exactly n, which a process that uses more or fewer would run with all the same."""
+    said = torch.get_num_threads
+    torch.get_num_threads = lambda: n
+    try:
+        yield
+    finally:
+        torch.get_num_threads = said
 
 
 @cache
@@ -200,8 +214,7 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
     if isinstance(step, dynamic.From8Bit):
         return (many.int(), scale, scales), (vary, of_rows, of_columns)
     if isinstance(step, sparse_prompt.Choose | sparse_prompt.Read):
-        fast = next(b.fast for b in model.blocks if b.fast is not None)
-        dtype = packed.product_dtype(sparse_prompt.QUERIES, model.device) if isinstance(fast.w_q, packed.PackedLinear) else torch.float32
+        dtype = prompt.attention_dtype(next(b.fast for b in model.blocks if b.fast is not None))
         return example_of_sparse(step, c.fast_n_heads // c.n_kv_heads, c.head_dim, dtype)
     if isinstance(step, packed.Normed):
         return (torch.ones(40, c.d_model), torch.ones(c.d_model)), (of_rows, None)

@@ -80,6 +80,11 @@ def modules_of(block: Block) -> dict[str, nn.Module]:
     return modules
 
 
+def attention_dtype(branch: Branch) -> torch.dtype:
+    """What the sparse steps of `branch` compute many tokens in. (Its queries may come in another: where a bias is added to packed products.)"""
+    return product_dtype(FEW + 1, branch.ff_norm.weight.device) if isinstance(branch.w_q, PackedLinear) else torch.float32
+
+
 def plain_steps(model: DualBranchModel) -> dict[str, nn.Module]:
     """Every step that prompts of `model` go through, by name, uncompiled."""
     steps: dict[str, nn.Module] = {name: ModuleStep(module) for block in model.blocks for name, module in modules_of(block).items()}
@@ -112,13 +117,13 @@ class PromptBranch:
     def __init__(self, branch: Branch, queries: Callable | None, rest: Callable | None, steps: Mapping[str, Callable]) -> None:
         self.sliding, self.reads = branch.sliding, branch.reads
         self.queries, self.rest_at_once = _either(branch.queries, queries), _either(branch.rest, rest)
-        self.sparse = SparsePrompt(branch.reads, steps["choose"], steps["read"]) if sparse_prompt.serves(branch.reads) else None
+        self.sparse = SparsePrompt(branch.reads, steps["choose"], steps["read"], attention_dtype(branch)) if sparse_prompt.serves(branch.reads) else None
 
     __call__ = Branch.forward
 
     def attend(self, h: Tensor, group: TokenGroup, k: Tensor, v: Tensor, pooled: Tensor | None) -> Tensor:
         """As `Branch.attend`."""
-        if self.sparse is None or len(h) <= FEW or not self.sparse.takes(group.plan):
+        if self.sparse is None or not self.sparse.takes(group.plan):
             return Branch.attend(self, h, group, k, v, pooled)
         return self.sparse(self.queries(h, *group.angles(self.sliding)), k, v, pooled, group.plan).flatten(1)
 

@@ -20,15 +20,17 @@ from kernels import AttentionPlan, SparseSpec, dense_attention, pool_keys
 
 #: Queries that choose blocks side by side.
 TILE = 16
-#: Neighbouring blocks that stand for one at first: the best blocks lie in the groups of the best maxima.
+#: Neighbouring blocks that stand for one at first: the best blocks lie in the groups of the best maxima. A multiple of AHEAD.
 GROUP = 8
 #: Maxima and minima are taken of so many numbers before they are compared with the best so far: comparisons in a row wait for each other.
 AHEAD = 4
+#: Up to so many queries, `kernels` go by index: they copy no keys, and here a head's are all turned.
+FEW_QUERIES = 24
 #: Queries of one KV head at a time: what is between their steps stays in the cache.
 AT_ONCE = 256
 #: Both steps take multiples of so many queries and blocks (two of each at least, for which the compiler makes one code).
 QUERIES, BLOCKS = 2 * TILE, 2 * AHEAD * GROUP
-#: Most blocks chosen: a pass over the scores is written out for each, and takes the compiler two seconds.
+#: Most blocks chosen: two passes are written out for each, and take the compiler two seconds.
 MOST_BLOCKS = 32
 #: More than any block's number.
 NONE = float(1 << 24)
@@ -86,7 +88,7 @@ class Choose(nn.Module):
         candidates = scores.flatten(1).gather(1, (first + member[:, None] * TILE).flatten(1)).view(-1, M, GROUP, TILE)
         candidates = kept(torch.where(exists[:, :, None], candidates, -inf)).flatten(1, 2)
         ids = kept(groups[:, :, None] * GROUP + member[:, None]).flatten(1, 2)
-        score, chosen = best(F.pad(candidates, (0, 0, 0, -M * GROUP % AHEAD), value=-inf), F.pad(ids, (0, 0, 0, -M * GROUP % AHEAD)), M)
+        score, chosen = best(candidates, ids, M)
         return torch.where(score > -inf, chosen, -1.0).long().transpose(1, 2).flatten(0, 1).contiguous()
 
 
@@ -146,34 +148,36 @@ def plain_steps(spec: SparseSpec) -> dict[str, nn.Module]:
 
 
 class SparsePrompt:
-    """Attention by the rule `spec` through `choose` and `read`, which are `plain_steps`, or the same compiled."""
+    """Attention by the rule `spec` through `choose` and `read`, which are `plain_steps`, or the same compiled, for queries and keys of `dtype`."""
 
-    def __init__(self, spec: SparseSpec, choose: Callable, read: Callable) -> None:
-        self.spec, self.choose, self.read = spec, choose, read
+    def __init__(self, spec: SparseSpec, choose: Callable, read: Callable, dtype: torch.dtype) -> None:
+        self.spec, self.choose, self.read, self.dtype = spec, choose, read, dtype
 
     def takes(self, plan: AttentionPlan) -> bool:
-        """Whether it can serve a pass: one row of one document, its queries in order, some of them sparse."""
-        return len(plan.q_pos) == 1 and plan.rises and not plan.all_dense(self.spec.dense_len)
+        """Whether it serves a pass: many queries of one row and one document, in order, some of them sparse."""
+        return len(plan.q_pos) == 1 and plan.q_pos.numel() > FEW_QUERIES and plan.rises and not plan.all_dense(self.spec.dense_len)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, pooled: Tensor | None, plan: AttentionPlan) -> Tensor:
-        """Attention of `q (N, H, D)` over `k, v (1, S, Hk, D)` with mean keys `pooled (1, n, Hk, D)` of complete blocks (None: made here): `(N, H, D)`."""
+        """Attention of `q (N, H, D)` over `k, v (1, S, Hk, D)` with mean keys `pooled (1, n, Hk, D)` of complete blocks (None: made here): `(N, H, D)`, in
+        q's dtype."""
+        dtype, q = q.dtype, q.to(self.dtype)
         n_keys, n_heads, size, D = plan.max_pos + 1, k.shape[2], self.spec.block_size, k.shape[3]
         k, v, out = k[:, :n_keys], v[:, :n_keys], torch.empty_like(q)
         n_dense, of_dense = plan.cached(("dense queries", self.spec), lambda: _dense_part(plan, self.spec.dense_len))
         if n_dense:
             of_keys = slice(of_dense.n_keys)
-            out[:n_dense] = dense_attention(q[None, :n_dense], k[:, of_keys].to(q.dtype), v[:, of_keys].to(q.dtype), of_dense)[0]
+            out[:n_dense] = dense_attention(q[None, :n_dense], k[:, of_keys].to(self.dtype), v[:, of_keys].to(self.dtype), of_dense)[0]
         at = plan.q_pos[0, n_dense:]
         of_q, of_out = (x[n_dense:].unflatten(1, (n_heads, -1)) for x in (q, out))
         for head in range(n_heads):
-            keys, values = (_whole(x[0, :, head], size).to(q.dtype).unflatten(0, (-1, size)) for x in (k, v))
+            keys, values = (_whole(x[0, :, head], size).to(self.dtype).unflatten(0, (-1, size)) for x in (k, v))
             keys, values = keys.transpose(1, 2).contiguous(), values.contiguous()
             mean_keys = pool_keys(k[:, :, head : head + 1], size)[0, :, 0] if pooled is None else pooled[0, : n_keys // size, head]
             mean_keys = _whole(mean_keys, BLOCKS).contiguous().view(-1, GROUP, D)
             for start in range(0, len(at), AT_ONCE):
                 part = slice(start, start + AT_ONCE)
                 of_out[part, head] = self._part(of_q[part, head], keys, values, mean_keys, at[part])
-        return out
+        return out.to(dtype)
 
     def _part(self, q: Tensor, k: Tensor, v: Tensor, pooled: Tensor, at: Tensor) -> Tensor:
         """Some queries of one KV head, as `Read` takes them, but any number."""

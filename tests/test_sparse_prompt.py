@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from dualbranch import sparse_prompt
 from dualbranch.runner import Runner, plain_steps
-from dualbranch.sparse_prompt import AHEAD, BLOCKS, GROUP, QUERIES, TILE, Choose, SparsePrompt, best, serves
+from dualbranch.sparse_prompt import AHEAD, BLOCKS, FEW_QUERIES, GROUP, QUERIES, TILE, Choose, SparsePrompt, best, serves
 from kernels import AttentionPlan, SparseSpec, pool_keys, reference, select_blocks
 
 
 def prompt(spec):
-    return SparsePrompt(spec, *sparse_prompt.plain_steps(spec).values())
+    return SparsePrompt(spec, *sparse_prompt.plain_steps(spec).values(), torch.float32)
 
 
 def row(seed, n_keys, n_groups=2, n_kv_heads=2, head_dim=8, whole_numbers=False):
@@ -47,10 +47,10 @@ def test_the_best_are_those_of_a_stable_sort(n, length, tied, seed):
 def test_it_reads_what_the_rule_says(block_size, n_selected, window, n_sinks, dense_len, n_groups, tied, seed):
     spec = SparseSpec(block_size, n_selected, window, n_sinks, dense_len)
     generator = torch.Generator().manual_seed(seed)
-    n_keys = int(torch.randint(dense_len + 1, dense_len + 150, (), generator=generator))
+    n_keys = int(torch.randint(dense_len + 1, dense_len + 150, (), generator=generator)) + 2 * FEW_QUERIES
     q, k, v = row(seed, n_keys, n_groups, whole_numbers=tied)
     at = torch.arange(n_keys)[torch.rand(n_keys, generator=generator) < 0.7]
-    at = torch.cat([at[at < n_keys - 1], torch.tensor([n_keys - 1])])[-100:]
+    at = torch.cat([at[at < n_keys - FEW_QUERIES], torch.arange(n_keys - FEW_QUERIES, n_keys)])[-100:]
     plan = AttentionPlan(at[None], n_keys)
     assert prompt(spec).takes(plan)
     for pooled in (None, pool_keys(k, block_size)):
@@ -90,15 +90,31 @@ def test_keys_of_another_dtype_are_read_in_that_of_the_queries():
     torch.testing.assert_close(found, reference.sparse_attention(q, k.float(), v.float(), plan, spec)[0], rtol=1e-5, atol=1e-5)
 
 
+def test_queries_of_another_dtype_are_computed_in_that_of_the_steps():
+    spec = SparseSpec(block_size=4, n_selected_blocks=2, window=6, n_sinks=2, dense_len=12)
+    q, k, v = row(3, 60)
+    plan, given = AttentionPlan(torch.arange(60)[None], 60), []
+    choose, read = sparse_prompt.plain_steps(spec).values()
+
+    def noted(q, k, v, ids, at):
+        given.extend(x.dtype for x in (q, k, v))
+        return read(q, k, v, ids, at)
+
+    found = SparsePrompt(spec, choose, noted, torch.bfloat16)(q[0], k, v, None, plan)
+    assert set(given) == {torch.bfloat16} and found.dtype == torch.float32
+
+
 def test_it_serves_rows_of_one_document_in_order_and_rules_that_choose():
     spec = SparseSpec(block_size=4, n_selected_blocks=2, window=6, n_sinks=2, dense_len=12)
     takes = prompt(spec).takes
-    assert takes(AttentionPlan(torch.arange(20)[None], 20))
-    assert not takes(AttentionPlan(torch.arange(12)[None], 12))  # all dense
-    assert not takes(AttentionPlan(torch.arange(20).expand(2, -1), 20))
-    assert not takes(AttentionPlan(torch.arange(20).flip(0)[None], 20))
-    assert not takes(AttentionPlan(torch.cat([torch.arange(20), torch.tensor([-1])])[None], 20))  # padding
-    assert not takes(AttentionPlan(torch.arange(20)[None], 20, torch.full((1, 20), 0).index_fill(1, torch.arange(16, 20), 16)))
+    at = torch.arange(40)
+    assert takes(AttentionPlan(at[None], 40)) and takes(AttentionPlan(at[None, -FEW_QUERIES - 1 :], 40))
+    assert not takes(AttentionPlan(at[None, -FEW_QUERIES:], 40))
+    assert not takes(AttentionPlan(at[None, :30].clamp(max=11), 40))  # all dense
+    assert not takes(AttentionPlan(at.expand(2, -1), 40))
+    assert not takes(AttentionPlan(at.flip(0)[None], 40))
+    assert not takes(AttentionPlan(torch.cat([at, torch.tensor([-1])])[None], 40))  # padding
+    assert not takes(AttentionPlan(at[None], 40, torch.zeros(1, 40).long().index_fill(1, torch.arange(36, 40), 36)))
     assert serves(spec) and not serves(None) and not serves(SparseSpec.sliding(8, 4)) and not serves(SparseSpec(n_selected_blocks=64))
 
 
