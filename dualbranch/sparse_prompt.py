@@ -170,10 +170,10 @@ class SparsePrompt:
         at = plan.q_pos[0, n_dense:]
         of_q, of_out = (x[n_dense:].unflatten(1, (n_heads, -1)) for x in (q, out))
         for head in range(n_heads):
-            keys, values = (_whole(x[0, :, head], size).to(self.dtype).unflatten(0, (-1, size)) for x in (k, v))
-            keys, values = keys.transpose(1, 2).contiguous(), values.contiguous()
             mean_keys = pool_keys(k[:, :, head : head + 1], size)[0, :, 0] if pooled is None else pooled[0, : n_keys // size, head]
             mean_keys = _whole(mean_keys, BLOCKS).contiguous().view(-1, GROUP, D)
+            keys, values = (_whole(x[0, :, head], size).to(self.dtype).unflatten(0, (-1, size)) for x in (k, v))
+            keys, values = keys.transpose(1, 2).contiguous(), values.contiguous()
             for start in range(0, len(at), AT_ONCE):
                 part = slice(start, start + AT_ONCE)
                 of_out[part, head] = self._part(of_q[part, head], keys, values, mean_keys, at[part])
