@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dualbranch.packed import kept
 from kernels import AttentionPlan, SparseSpec, dense_attention, pool_keys
+from kernels.blockwise.sparse import FEW_QUERIES
 
 #: Queries that choose blocks side by side.
 TILE = 16
@@ -24,8 +25,6 @@ TILE = 16
 GROUP = 8
 #: Maxima and minima are taken of so many numbers before they are compared with the best so far: comparisons in a row wait for each other.
 AHEAD = 4
-#: Up to so many queries, `kernels` go by index: they copy no keys, and here a head's are all turned.
-FEW_QUERIES = 24
 #: Queries of one KV head at a time: what is between their steps stays in the cache.
 AT_ONCE = 256
 #: Both steps take multiples of so many queries and blocks (two of each at least, for which the compiler makes one code).
@@ -154,7 +153,8 @@ class SparsePrompt:
         self.spec, self.choose, self.read, self.dtype = spec, choose, read, dtype
 
     def takes(self, plan: AttentionPlan) -> bool:
-        """Whether it serves a pass: many queries of one row and one document, in order, some of them sparse."""
+        """Whether it serves a pass: queries of one row and one document, in order, some of them sparse; more than `kernels` serves by index, copying no
+        keys (here a head's are all turned)."""
         return len(plan.q_pos) == 1 and plan.q_pos.numel() > FEW_QUERIES and plan.rises and not plan.all_dense(self.spec.dense_len)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, pooled: Tensor | None, plan: AttentionPlan) -> Tensor:

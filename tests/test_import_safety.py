@@ -42,7 +42,7 @@ def write_folder(folder: Path, config: dict | None = None, tensors: dict | None 
     return folder
 
 
-def refused(folder: Path, *words: str) -> str:
+def assert_refused(folder: Path, *words: str) -> str:
     """The message of the refusal, which holds `words` and comes within a second."""
     begin = time.perf_counter()
     with pytest.raises(CheckpointError) as raised:
@@ -82,13 +82,13 @@ def test_a_config_that_lies_is_refused_by_field(tmp_path, change):
     write_folder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | change))
     if change == {"num_hidden_layers": 400}:
-        refused(tmp_path, "model.layers.2.input_layernorm.weight is missing")
+        assert_refused(tmp_path, "model.layers.2.input_layernorm.weight is missing")
     elif change == {"hidden_size": 2048}:
-        refused(tmp_path, "tensor model.embed_tokens.weight has shape [50, 24]", "[50, 2048]")
+        assert_refused(tmp_path, "tensor model.embed_tokens.weight has shape [50, 24]", "[50, 2048]")
     elif change == {"hidden_size": 32_768}:
-        refused(tmp_path, "head_dim is 8192")
+        assert_refused(tmp_path, "head_dim is 8192")
     else:
-        refused(tmp_path, "config: ", "rope_type is 'dynamic'" if "dynamic" in str(change) else next(iter(change)))
+        assert_refused(tmp_path, "config: ", "rope_type is 'dynamic'" if "dynamic" in str(change) else next(iter(change)))
 
 
 @pytest.mark.parametrize("change", GEMMA_LIES, ids=str)
@@ -106,12 +106,12 @@ def test_load_names_the_folder_whose_config_lies(tmp_path):
 
 def test_wrong_tensors_are_refused_by_name(tmp_path):
     tensors, name = random_tensors(LLAMA), "model.layers.1.self_attn.k_proj.weight"
-    refused(write_folder(tmp_path / "a", tensors={k: v for k, v in tensors.items() if k != name}), name, "missing")
+    assert_refused(write_folder(tmp_path / "a", tensors={k: v for k, v in tensors.items() if k != name}), name, "missing")
     extra = "model.layers.2.mlp.up_proj.weight"
-    refused(write_folder(tmp_path / "b", tensors=tensors | {extra: torch.zeros(2)}), extra, "not part of")
-    refused(write_folder(tmp_path / "c", tensors=tensors | {name: torch.zeros(24, 12)}), name, "[24, 12]", "[12, 24]")
-    refused(write_folder(tmp_path / "d", tensors=tensors | {name: torch.zeros(12, 24, dtype=torch.int8)}), name, "I8", "quantised")
-    refused(write_folder(tmp_path / "e", LLAMA | {"tie_word_embeddings": False}, tensors), "lm_head.weight", "missing")
+    assert_refused(write_folder(tmp_path / "b", tensors=tensors | {extra: torch.zeros(2)}), extra, "not part of")
+    assert_refused(write_folder(tmp_path / "c", tensors=tensors | {name: torch.zeros(24, 12)}), name, "[24, 12]", "[12, 24]")
+    assert_refused(write_folder(tmp_path / "d", tensors=tensors | {name: torch.zeros(12, 24, dtype=torch.int8)}), name, "I8", "quantised")
+    assert_refused(write_folder(tmp_path / "e", LLAMA | {"tie_word_embeddings": False}, tensors), "lm_head.weight", "missing")
     harmless = {"lm_head.weight": torch.zeros(50, 24), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(3)}
     assert import_folder(write_folder(tmp_path / "f", tensors=tensors | harmless)).head is None
     with pytest.raises(CheckpointError, match=r"norm.weight has shape \[3\]"):  # a loader that doesn't tell its shape
@@ -119,24 +119,24 @@ def test_wrong_tensors_are_refused_by_name(tmp_path):
 
 
 def test_wrong_files_are_refused_by_name(tmp_path):
-    refused(tmp_path / "nothing", "no such folder")
+    assert_refused(tmp_path / "nothing", "no such folder")
     bare = tmp_path / "bare"
     bare.mkdir()
-    refused(bare, "config.json", "missing")
+    assert_refused(bare, "config.json", "missing")
     (bare / "config.json").write_text(json.dumps(LLAMA))
-    refused(bare, "neither model.safetensors nor")
+    assert_refused(bare, "neither model.safetensors nor")
     (bare / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    refused(bare, "pytorch_model.bin", "safetensors only")
+    assert_refused(bare, "pytorch_model.bin", "safetensors only")
     (bare / "model.safetensors").write_bytes(b"\x80\x04" + bytes(100))
-    refused(bare, "model.safetensors", "pickle")
+    assert_refused(bare, "model.safetensors", "pickle")
     cut = write_folder(tmp_path / "cut")
     data = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(data[:-10])
-    refused(cut, "model.safetensors", "truncated")
+    assert_refused(cut, "model.safetensors", "truncated")
     (cut / "config.json").write_text("[1]")
-    refused(cut, "config.json", "not a JSON object")
+    assert_refused(cut, "config.json", "not a JSON object")
     (cut / "config.json").write_text("[" * 100_000)
-    refused(cut, "config.json", "not JSON")
+    assert_refused(cut, "config.json", "not JSON")
 
 
 def test_links_out_of_the_folder_are_not_followed_except_in_a_download_cache(tmp_path):
@@ -145,7 +145,7 @@ def test_links_out_of_the_folder_are_not_followed_except_in_a_download_cache(tmp
         linked = write_folder(tmp_path / f"linked {name}")
         (linked / name).unlink()
         (linked / name).symlink_to(real / name)
-        refused(linked, name, "link out of")
+        assert_refused(linked, name, "link out of")
     repository = tmp_path / "models--some--model"
     snapshot = repository / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -156,7 +156,7 @@ def test_links_out_of_the_folder_are_not_followed_except_in_a_download_cache(tmp
     assert isinstance(import_folder(snapshot), DualBranchModel)
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to("/etc/hostname")
-    refused(snapshot, "config.json", "link out of")
+    assert_refused(snapshot, "config.json", "link out of")
 
 
 def test_an_index_that_does_not_agree_with_its_shards_is_refused(tmp_path):
@@ -172,15 +172,15 @@ def test_an_index_that_does_not_agree_with_its_shards_is_refused(tmp_path):
     index()
     assert isinstance(import_folder(folder), DualBranchModel)
     index(**{names[0]: "../one.safetensors"})
-    refused(folder, "../one.safetensors", "not the name of")
+    assert_refused(folder, "../one.safetensors", "not the name of")
     index(**{names[0]: "three.safetensors"})
-    refused(folder, "three.safetensors", "missing")
+    assert_refused(folder, "three.safetensors", "missing")
     index(**{names[0]: "two.safetensors"})
-    refused(folder, names[0])
+    assert_refused(folder, names[0])
     index(**{names[0]: None})
-    refused(folder, names[0], "not in the index")
+    assert_refused(folder, names[0], "not in the index")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
-    refused(folder, "index.json", "weight_map")
+    assert_refused(folder, "index.json", "weight_map")
 
 
 @pytest.mark.parametrize("what", ["header", "config"])

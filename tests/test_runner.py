@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from dualbranch import compiled, memory
 from dualbranch.cache import CacheFull
-from dualbranch.compiled import PREFETCH, build, merge_repeated, steps_folder, unavailable
+from dualbranch.compiled import PREFETCH, build, compile_step, merge_repeated, steps_folder, unavailable
 from dualbranch.model import DualBranchModel
-from dualbranch.packed import FEW, product_dtype
+from dualbranch.packed import FEW, Normed, product_dtype
 from dualbranch.precision import quantize
 from dualbranch.prompt import ModuleStep, modules_of, run_step
 from dualbranch.runner import Runner, plain_steps, read, sparse_blocks
@@ -253,6 +253,15 @@ def test_steps_that_choose_blocks_take_one_allocation_and_the_others_the_stack(m
     assert {name for name, how in options.items() if "memory_planning" in how} == in_one_piece
     assert {name for name, how in options.items() if "aot_inductor.allow_stack_allocation" in how} == set(options) - in_one_piece - {"embed", "logits"}
     assert "sliding-fast-sparse" in options
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 7])
+def test_code_is_for_one_thread_or_any_number_of_them(monkeypatch, tmp_path, n_threads):
+    said, own = [], torch.get_num_threads
+    monkeypatch.setattr("os.cpu_count", lambda: 64)  # for as many PyTorch's compiler writes code that asks how many there are; else for exactly so many
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *args, **how: said.append(torch.get_num_threads()))
+    compile_step(Normed(1e-5), (torch.ones(40, 8), torch.ones(8)), (None, None), tmp_path / "norm.pt2", n_threads)
+    assert said == [1 if n_threads == 1 else 64] and torch.get_num_threads is own
 
 
 def largest_difference(a, b):

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from dualbranch import sparse_prompt
 from dualbranch.runner import Runner, plain_steps
-from dualbranch.sparse_prompt import AHEAD, BLOCKS, FEW_QUERIES, GROUP, QUERIES, TILE, Choose, SparsePrompt, best, serves
+from dualbranch.sparse_prompt import AHEAD, BLOCKS, GROUP, QUERIES, TILE, Choose, SparsePrompt, best, serves
 from kernels import AttentionPlan, SparseSpec, pool_keys, reference, select_blocks
+from kernels.blockwise.sparse import FEW_QUERIES
 
 
 def prompt(spec):
@@ -110,7 +111,8 @@ def test_it_serves_rows_of_one_document_in_order_and_rules_that_choose():
     at = torch.arange(40)
     assert takes(AttentionPlan(at[None], 40)) and takes(AttentionPlan(at[None, -FEW_QUERIES - 1 :], 40))
     assert not takes(AttentionPlan(at[None, -FEW_QUERIES:], 40))
-    assert not takes(AttentionPlan(at[None, :30].clamp(max=11), 40))  # all dense
+    assert not prompt(SparseSpec(block_size=4, dense_len=40)).takes(AttentionPlan(at[None], 40))  # all dense
+    assert prompt(SparseSpec(block_size=4, dense_len=39)).takes(AttentionPlan(at[None], 40))
     assert not takes(AttentionPlan(at.expand(2, -1), 40))
     assert not takes(AttentionPlan(at.flip(0)[None], 40))
     assert not takes(AttentionPlan(torch.cat([at, torch.tensor([-1])])[None], 40))  # padding
