@@ -50,6 +50,9 @@ NOT_WRITTEN_OUT = {"unroll_reductions_threshold": 1}
 #: arithmetic then come one after the other.
 PREFETCH = "-fprefetch-loop-arrays --param=prefetch-latency=900 --param=simultaneous-prefetches=100 --param=min-insn-to-prefetch-ratio=1 \
 --param=prefetch-min-insn-to-mem-ratio=1"
+#: For GCC 12 and newer: copy 32 bytes by one instruction. PyTorch's AVX2 code copies integers before it loads them, and a load of what two instructions
+#: stored just before waits for both: products of packed words then take three times as long.
+WHOLE_COPIES = "-mmove-max=256 -mstore-max=256"
 
 #: The code of the steps, with this module's; a change to any of them makes new libraries.
 SOURCES = (runner, prompt, sparse_prompt, packed, dynamic, block, layers, routing, config, spec)
@@ -155,9 +158,8 @@ def compile_step(step: torch.nn.Module, args: tuple, dynamic: tuple, path: Path,
         program = torch.export.export(step, args, dynamic_shapes=dynamic, strict=False)
         program = program.run_decompositions({torch.ops.aten.linear.default: runner.linear_as_sums})
         merge_repeated(program)
-        options = COMPILE_OPTIONS
-        if _is_gcc(os.environ.get("CXX") or "g++"):  # PyTorch takes flags nowhere but in the value of one that it passes on
-            options = options | {"cpp.enable_floating_point_contract_flag": f"fast {PREFETCH}"}
+        flags = " ".join(_accepted_flags(os.environ.get("CXX") or "g++"))  # PyTorch takes them nowhere but in the value of one that it passes on
+        options = COMPILE_OPTIONS | {"cpp.enable_floating_point_contract_flag": f"fast {flags}"}
         if isinstance(step, runner.BlockStep):
             options = options | (IN_ONE_PIECE if step.chooses else ON_THE_STACK)
         elif isinstance(step, sparse_prompt.Choose | sparse_prompt.Read):
@@ -181,8 +183,12 @@ def _threads_said(n: int) -> Iterator[None]:
 
 
 @cache
-def _is_gcc(compiler: str) -> bool:
-    return "Free Software Foundation" in subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
+def _accepted_flags(compiler: str) -> list[str]:
+    """Those of PREFETCH and WHOLE_COPIES that this C++ compiler knows and this CPU is for."""
+    if "Free Software Foundation" not in subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace").stdout:
+        return []
+    wanted = [PREFETCH] + ([WHOLE_COPIES] if "AVX2" in torch.backends.cpu.get_cpu_capability() else [])
+    return [flags for flags in wanted if subprocess.run([compiler, *flags.split(), "-E", "-x", "c++", os.devnull], capture_output=True).returncode == 0]
 
 
 def merge_repeated(program: torch.export.ExportedProgram) -> None:
