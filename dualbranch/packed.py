@@ -226,8 +226,14 @@ class PackedMatrix(nn.Module):
 
 
 def _sum_over_fields(fields: list[Tensor], columns: tuple[Tensor, ...]) -> list[Tensor]:
-    """For each of M tokens, the `fields (N' / L, C, L)`, each times its `columns (M, C)`, added up: M times `(N' / L, C, L)`."""
-    return [sum(f * c[m, :, None] for f, c in zip(fields, columns, strict=True)) for m in range(len(columns[0]))]
+    """For each of M tokens, the `fields (N' / L, C, L)`, each times its `columns (M, C)`, added up: M times `(N' / L, C, L)`.
+
+    Four at a time: additions in a row wait for each other, and a group of 4 bits has 32 of them."""
+    found = []
+    for m in range(len(columns[0])):
+        terms = [f * c[m, :, None] for f, c in zip(fields, columns, strict=True)]
+        found.append(sum(sum(terms[i : i + 4]) for i in range(0, len(terms), 4)))
+    return found
 
 
 def _field_scales(n_columns: int, bits: int, device: torch.device) -> Tensor:
