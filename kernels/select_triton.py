@@ -1,10 +1,11 @@
-"""Block selection of many queries: scores and the best blocks in one kernel, memory linear in T. Called by `triton_ops.py`.
+"""Block selection of many queries: scores and the best blocks in one kernel. Called by `triton_ops.py`.
 
-A program serves a tile of queries of one KV head and never holds more than BN scores per query. Two passes over the
-pooled keys: the first keeps, per column of the tile, the largest score seen; the M-th largest of these is a floor that at
-least M blocks reach. The second collects the blocks above the floor, a few more than M, in a small buffer; when it fills
-up, it is cut to its M best, which raises the floor. Scores and ids are packed into one 64-bit key, best first, so ties go
-to the lower id. The arithmetic of both passes is the same, bit for bit.
+A program serves a tile of queries of one KV head and goes twice over the pooled keys. The first pass multiplies once, in
+tf32, and keeps the largest of these rough scores per column of a tile and per stretch of BN neighbouring blocks. The
+M-th largest of the columns', less what tf32 may be wrong by, is a floor that at least M blocks reach. The second pass
+scores exactly, but only stretches where some query may reach its floor: of a long row a part, since neighbours choose
+alike. It collects the blocks above the floor, a few more than M, in a small buffer; when it fills up, it is cut to
+its M best, which raises the floor. Scores and ids are packed into one 64-bit key, best first, so ties go to the lower id.
 """
 
 import torch
@@ -19,7 +20,28 @@ from kernels.tiles import make_tiles
 
 UNUSED = tl.constexpr(2**63 - 1)
 LOWEST = tl.constexpr(-(2**31))
+#: How far a rough score may be from the score, as a share of the product of both lengths: what cutting operands to tf32's 10 bits makes possible, and more.
+ROUGH = tl.constexpr(1.05 * 2.0**-9)
 SCRATCH_BYTES = 1 << 26  # most scratch memory of one launch
+
+
+@triton.jit
+def in_order(x):
+    """fp32 numbers as int32 in the same order; -0.0 as 0.0."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def rough_scores(rows, pooled, n, seen, pooled_sn, D: tl.constexpr, BD: tl.constexpr):
+    """(BT, BW) scores of the queries' sums (BT, BD) with blocks n, by one product in tf32; and the largest squared length of those blocks' mean keys."""
+    d = tl.arange(0, BD)
+    block = tl.load(pooled + n[:, None] * pooled_sn + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)  # (BW, BD)
+    longest = tl.max(tl.sum(block * block, 1), 0)
+    if INTERPRETED:  # the interpreter would multiply in fp32
+        rows = (rows.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        block = (block.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return tl.dot(rows, tl.trans(block), input_precision="tf32"), longest
 
 
 @triton.jit
@@ -45,10 +67,7 @@ def block_scores(q_sum, pooled, n, seen, stop, pooled_sn, D: tl.constexpr, BD: t
     else:
         for d0 in tl.static_range(0, BD, STEP):
             score = add_columns(score, q_sum, pooled, d0, n, seen, pooled_sn, D, BD, BT, STEP, PRECISION)
-    score = tl.where(score == 0.0, 0.0, score)  # no -0.0
-    bits = score.to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(n[None, :] < stop[:, None], ordered, LOWEST)
+    return tl.where(n[None, :] < stop[:, None], in_order(score), LOWEST)
 
 
 @triton.jit
@@ -67,12 +86,12 @@ def select_kernel(
     q,  # (B, T, H, D) by strides
     pooled,  # (B, N, HK, D) fp32 by strides; rows that no query may select can hold anything
     block_ids,  # (B, T, HK, M) int32, ascending, -1 = unused, at the end
-    q_sums, buffers,  # scratch: per query of the launch, BD fp32 and CAP int64
+    q_sums, maxima, buffers, visits,  # scratch: per query of the launch BD fp32, n_stretches fp32 and CAP int64; per tile n_stretches int32
     order, tile_pos, tile_start,  # tiles of plan (see tiles.py)
     q_sb, q_st, q_sh, pooled_sb, pooled_sn, pooled_sh,
-    T, HK, n_tiles, tile0, window, n_sinks, dense_len,
+    T, HK, n_tiles, tile0, n_stretches, window, n_sinks, dense_len,
     M: tl.constexpr, MP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, COUNTING: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, COUNTING: tl.constexpr,
 ):  # fmt: skip
     tile, h, b = tile0 + tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot, d, column = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BN)
@@ -99,20 +118,41 @@ def select_kernel(
     tl.store(q_sum + slot[:, None] * BD + d[None, :], rows)
     tl.debug_barrier()  # the program's own stores become readable
 
-    floor = tl.full((BT,), LOWEST, tl.int32)  # a block is collected if its score is above
-    if last - first > BN:
-        top = tl.full((BT, BN), LOWEST, tl.int32)
-        for n0 in tl.range(first, last, BN):
-            n = n0 + column
-            top = tl.maximum(top, block_scores(q_sum, pooled, n, n < last, stop, pooled_sn, D, BD, BT, PRECISION))
-        best = smallest(~top, MP, COUNTING)  # ~x turns the order round
-        floor = ~tl.max(tl.where((tl.arange(0, MP) < M)[None, :], best, LOWEST), 1)
-        floor = tl.maximum(floor, LOWEST + 1) - 1
+    # first pass: `floor`, below which a score is of no block chosen, and `worth`, the same for rough scores
+    maxima += (program * BT + slot) * n_stretches
+    top = tl.full((BT, BW), float("-inf"), tl.float32)
+    longest = 0.0
+    for n0 in tl.range(first, last, BW):
+        n = n0 + tl.arange(0, BW)
+        score, length = rough_scores(rows, pooled, n, n < last, pooled_sn, D, BD)
+        score = tl.where(n[None, :] < stop[:, None], score, float("-inf"))
+        longest = tl.maximum(longest, length)
+        top = tl.maximum(top, score)
+        i = (n0 - first) // BN + tl.arange(0, BW // BN)
+        tl.store(maxima[:, None] + i[None, :], tl.max(tl.reshape(score, (BT, BW // BN, BN)), 2))
+    best = smallest(~in_order(top), MP, COUNTING)  # ~x turns the order round
+    nth = ~tl.max(tl.where((tl.arange(0, MP) < M)[None, :], best, LOWEST), 1)
+    rough_floor = tl.where(nth < 0, nth ^ 0x7FFFFFFF, nth).to(tl.float32, bitcast=True)
+    error = ROUGH * tl.sqrt(tl.sum(rows * rows, 1) * longest)
+    floor = in_order(rough_floor - error) - 1
+    worth = rough_floor - 2 * error
+
+    # stretches that are worth it for some query
+    visits += program * n_stretches
+    n_visits, n_here = 0, (last - first + BN - 1) // BN
+    tl.debug_barrier()
+    for i0 in tl.range(0, n_here, BW):
+        i = i0 + tl.arange(0, BW)
+        rough = tl.load(maxima[:, None] + i[None, :], mask=(slot >= 0)[:, None] & (i < n_here)[None, :], other=float("-inf"))
+        visit = tl.max(((rough >= worth[:, None]) & (rough > float("-inf"))).to(tl.int32), 0)
+        tl.store(visits + n_visits + tl.cumsum(visit, 0) - 1, first + i * BN, mask=visit > 0)
+        n_visits += tl.sum(visit, 0)
+    tl.debug_barrier()
 
     buffer = buffers + (program * BT + slot) * CAP
     count = tl.zeros((BT,), tl.int32)
-    for n0 in tl.range(first, last, BN):
-        n = n0 + column
+    for i in tl.range(0, n_visits):
+        n = tl.load(visits + i) + column
         score = block_scores(q_sum, pooled, n, n < last, stop, pooled_sn, D, BD, BT, PRECISION)
         found = (score > floor[:, None]).to(tl.int32)
         n_found = tl.sum(found, 1)
@@ -140,14 +180,16 @@ def select_kernel(
 
 
 def launch_config(head_dim: int, n_selected_blocks: int, hopper: bool) -> dict:
-    """BT queries against BN blocks at a time; a buffer of CAP >= M + BN keys per query. `hopper`: the device is one, or newer.
+    """BT queries against BW blocks at a time, roughly, then BN, exactly, BW > M and a multiple of BN; a buffer of CAP >= M + BN keys per query.
+    `hopper`: the device is one, or newer.
 
     "ieee" products run on the ordinary cores; "tf32x3" on the tensor cores, to about 1e-6 of the score. Before Hopper both factors of a product sit in
     registers, and wide heads leave none to load ahead into.
     """
-    columns = max(32, 2 * triton.next_power_of_2(n_selected_blocks))
+    m = max(16, triton.next_power_of_2(n_selected_blocks))
+    columns = max(64, 2 * m)
     options = {"num_warps": 8, "num_stages": 2 if hopper or head_dim <= 64 else 1}
-    return {"BT": 64 if columns == 32 else 32, "BN": columns, "CAP": 2 * columns, "PRECISION": "tf32x3"} | options
+    return {"BT": 64 if m == 16 else 32, "BN": m, "BW": columns, "CAP": 4 * m, "PRECISION": "tf32x3"} | options
 
 
 def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSpec) -> Tensor:
@@ -160,15 +202,18 @@ def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSp
         return ids
     config = launch_config(D, M, not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (9, 0))
     tiles = make_tiles(plan, config["BT"], spec.window, spec.dense_len)
-    per_query = 8 * config["CAP"] + 4 * padded_dim(D)
+    n_stretches = triton.cdiv(pooled.shape[1], config["BW"]) * config["BW"] // config["BN"]
+    per_query = 8 * config["CAP"] + 4 * (padded_dim(D) + n_stretches)
     step = min(tiles.n_tiles, max(1, SCRATCH_BYTES // (B * Hk * config["BT"] * per_query)))
     n_queries = B * Hk * step * config["BT"]
     q_sums = torch.empty(n_queries * padded_dim(D), dtype=torch.float32, device=q.device)
+    maxima = torch.empty(n_queries * n_stretches, dtype=torch.float32, device=q.device)
+    visits = torch.empty(n_queries // config["BT"] * n_stretches, dtype=torch.int32, device=q.device)
     buffers = torch.empty(n_queries * config["CAP"], dtype=torch.int64, device=q.device)
     for tile0 in range(0, tiles.n_tiles, step):
         select_kernel[(min(step, tiles.n_tiles - tile0), Hk, B)](
-            q, pooled, ids, q_sums, buffers, tiles.order, tiles.pos, tiles.start, *q.stride()[:3], *pooled.stride()[:3],
-            T, Hk, tiles.n_tiles, tile0, spec.window, spec.n_sinks, spec.dense_len,
+            q, pooled, ids, q_sums, maxima, buffers, visits, tiles.order, tiles.pos, tiles.start, *q.stride()[:3], *pooled.stride()[:3],
+            T, Hk, tiles.n_tiles, tile0, n_stretches, spec.window, spec.n_sinks, spec.dense_len,
             M=M, MP=triton.next_power_of_2(M), GROUP=H // Hk, D=D, BD=padded_dim(D), BLOCK=spec.block_size, COUNTING=INTERPRETED, **config,
         )  # fmt: skip
     return ids
@@ -176,8 +221,9 @@ def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSp
 
 def aot_cases(target: str):
     """(kernel, signature, constexprs, options, label) of what `kernels.aot` compiles ahead of time."""
-    pointers = {"pooled": "*fp32", "q_sums": "*fp32", "buffers": "*i64"} | dict.fromkeys(("block_ids", "order", "tile_pos", "tile_start"), "*i32")
-    numbers = ("q_sb", "q_st", "q_sh", "pooled_sb", "pooled_sn", "pooled_sh", "T", "HK", "n_tiles", "tile0", "window", "n_sinks", "dense_len")
+    pointers = dict.fromkeys(("pooled", "q_sums", "maxima"), "*fp32") | {"buffers": "*i64"}
+    pointers |= dict.fromkeys(("block_ids", "visits", "order", "tile_pos", "tile_start"), "*i32")
+    numbers = ("q_sb", "q_st", "q_sh", "pooled_sb", "pooled_sn", "pooled_sh", "T", "HK", "n_tiles", "tile0", "n_stretches", "window", "n_sinks", "dense_len")
     shapes = {(head_dim, dtype): group for head_dim, group, dtype in aot_shapes()}  # a group's size only changes the length of a loop
     for (head_dim, dtype), group in shapes.items():
         for m in (16, 32) if head_dim <= 128 and dtype == torch.bfloat16 else (16,):

@@ -1,6 +1,7 @@
 """The GPU benchmark without a GPU: its parity check finds a wrong kernel, its arithmetic is right, and it refuses to run where it can't."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,3 +81,12 @@ def test_an_entry_whose_parity_failed_is_not_timed_and_one_that_fails_is_reporte
     dense = bench.Row("prefill", "SDPA flash forward", "random", 1, 64, 2, 1, 16, ms=2.0, low_ms=2.0, high_ms=2.0)
     assert bench.speedups([timed, dense])[-1].endswith("| sparse forward | 0.5000 | SDPA flash forward | 2.0000 | 4.00 |")
     assert "failed" in bench.table_row(broken) and "0.5000 (0.4000 to 0.6000)" in bench.table_row(timed)
+
+
+def test_the_roofline_is_the_one_in_the_docs(capsys):
+    pytest.importorskip("triton")
+    from kernels import roofline
+
+    roofline.main()
+    table = capsys.readouterr().out
+    assert len(table.splitlines()) == 18 and table in (Path(__file__).parents[1] / "docs/kernels.md").read_text(), "python -m kernels.roofline prints another"

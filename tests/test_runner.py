@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dualbranch import compiled, memory
 from dualbranch.cache import CacheFull
-from dualbranch.compiled import PREFETCH, build, compile_step, merge_repeated, steps_folder, unavailable
+from dualbranch.compiled import PREFETCH, WHOLE_COPIES, build, compile_step, merge_repeated, steps_folder, unavailable
 from dualbranch.model import DualBranchModel
 from dualbranch.packed import FEW, Normed, product_dtype
 from dualbranch.precision import quantize
@@ -328,6 +328,22 @@ def test_compiled_and_quantized_it_computes_the_same(monkeypatch, tmp_path):
         model.runner = compiled_steps
         found = model(tokens, "fast", cache=model.new_cache(1, 100)).logits
     assert (found - expected).norm() < 0.1 * expected.norm(), "a whole prompt; some block may be chosen the other way"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="compilers that are shell scripts")
+def test_compilers_get_the_flags_they_know(monkeypatch, tmp_path):
+    def compiler(name: str, version: str, refused: str) -> str:
+        path = tmp_path / name
+        path.write_text(f'#!/bin/sh\ncase "$*" in *--version*) echo "{version}";; *{refused}*) exit 1;; esac\n')
+        path.chmod(0o755)
+        return str(path)
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert compiled._accepted_flags(compiler("new", "Free Software Foundation", "none")) == [PREFETCH, WHOLE_COPIES]
+    assert compiled._accepted_flags(compiler("old", "Free Software Foundation", "-mmove-max=256")) == [PREFETCH]
+    assert compiled._accepted_flags(compiler("clang", "clang 19", "none")) == []
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert compiled._accepted_flags(compiler("wide", "Free Software Foundation", "none")) == [PREFETCH]
 
 
 @pytest.mark.skipif(unavailable(make_tiny_model(400)) is not None, reason="no C++ compiler")

@@ -117,6 +117,25 @@ def test_selection_of_long_rows_cuts_its_buffer(order):
     assert torch.equal(triton_ops.select_blocks(q, pooled, plan, spec), reference.select_blocks(q, pooled, plan, spec))
 
 
+def test_selection_allows_for_what_tf32_is_wrong_by():
+    """Scores that tf32 rounds up, all of them equal then; and one that it rounds below others that are worse."""
+    N, M = 300, 3
+    q = torch.zeros(1, 1, 1, 8)
+    q[..., :2] = 1.0
+    pooled = torch.zeros(1, N, 1, 8)
+    plan, spec = plan_of(torch.tensor([[2 * N - 1]]), 2 * N), SparseSpec(2, M, 1, 0, 8)
+    pooled[0, :, 0, 0] = -(1 + torch.randperm(N, generator=torch.Generator().manual_seed(1)) * 2.0**-20)
+    q, on_device = q.to(DEVICE), pooled.to(DEVICE)
+    expected = reference.select_blocks(q, on_device, plan, spec)
+    assert torch.equal(triton_ops.select_blocks(q, on_device, plan, spec), expected)
+    pooled[0, :, 0, 0] = -(0.9985 + 0.9 * 2.0**-11)  # in tf32 -0.9985
+    pooled[0, 128:160, 0, 0] = -50.0
+    pooled[0, 140, 0, :2] = torch.tensor([4 + 0.9 * 2.0**-8, -5.0])  # the best, -0.9965; in tf32 -1
+    on_device = pooled.to(DEVICE)
+    found = triton_ops.select_blocks(q, on_device, plan, spec)
+    assert torch.equal(found, reference.select_blocks(q, on_device, plan, spec)) and 140 in found
+
+
 def test_selection_in_several_launches(monkeypatch):
     q, k, _ = inputs(1, 90, 90, 2, 1, 8)
     pooled = coarse(reference.pool_keys(k, 8))
