@@ -136,6 +136,7 @@ def build(model: DualBranchModel, note: Callable[[str], None] = lambda text: Non
         raise ValueError(f"the decode step can't be compiled: {reason}")
     folder = steps_folder(model.config, model.precision)
     folder.mkdir(parents=True, exist_ok=True)
+    _discard_if_made_otherwise(folder, note)
     steps, n_threads = runner.plain_steps(model), torch.get_num_threads()
     names = [name for name in sorted(steps, key=lambda name: name != "choose") if not (folder / f"{name}.pt2").exists()]  # the longest first
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -148,6 +149,17 @@ def build(model: DualBranchModel, note: Callable[[str], None] = lambda text: Non
         tasks = {f"compiling {name} ({i} of {len(names)})": partial(compile_one, name) for i, name in enumerate(names, 1)}
         run_in_forks(tasks, n_at_once or at_once(), note)
     (folder / "done").touch()
+
+
+def _discard_if_made_otherwise(folder: Path, note: Callable[[str], None]) -> None:
+    """Deletes what another compiler made of the steps, one that knew other flags; tells `note` where this one decodes slowly."""
+    flags, used = _accepted_flags(os.environ.get("CXX") or "g++"), folder / "flags"
+    if flags == [PREFETCH] and _uses_avx2():  # an older GCC; clang has no such trouble
+        note("this GCC copies integers in halves, and packed weights take three times as long to decode with; GCC 12 or newer does not (CXX names another)")
+    if used.exists() and used.read_text() != " ".join(flags):
+        for made in (folder / "done", *folder.glob("*.pt2")):
+            made.unlink(missing_ok=True)
+    used.write_text(" ".join(flags))
 
 
 def compile_step(step: torch.nn.Module, args: tuple, dynamic: tuple, path: Path, n_threads: int) -> None:
@@ -187,8 +199,13 @@ def _accepted_flags(compiler: str) -> list[str]:
     """Those of PREFETCH and WHOLE_COPIES that this C++ compiler knows and this CPU is for."""
     if "Free Software Foundation" not in subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace").stdout:
         return []
-    wanted = [PREFETCH] + ([WHOLE_COPIES] if "AVX2" in torch.backends.cpu.get_cpu_capability() else [])
+    wanted = [PREFETCH] + ([WHOLE_COPIES] if _uses_avx2() else [])
     return [flags for flags in wanted if subprocess.run([compiler, *flags.split(), "-E", "-x", "c++", os.devnull], capture_output=True).returncode == 0]
+
+
+def _uses_avx2() -> bool:
+    """Whether PyTorch's code here is for AVX2, not for AVX-512."""
+    return "AVX2" in torch.backends.cpu.get_cpu_capability()
 
 
 def merge_repeated(program: torch.export.ExportedProgram) -> None:

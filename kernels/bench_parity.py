@@ -45,6 +45,7 @@ SHAPES = (
     Shape(1, 515, 515, 6, 2, 96),
     Shape(1, 260, 260, 16, 1, 64, torch.float32),
     Shape(1, 200, 300, 4, 1, 256),
+    Shape(1, 100, 8192, 4, 2, 64),  # long: selection goes over many tiles of blocks
 )
 DECODE_SHAPES = (
     Shape(3, 1, 1024, 8, 4, 64),

@@ -15,10 +15,10 @@ N_HEADS, HEAD_DIM, SPEC = 8, 64, SparseSpec()
 DENSE_TILE = 128  # queries of a dense tile
 #: How much more distinct blocks twice as many neighbours choose: measured on text (docs/kernels.md).
 MORE_OF_TWICE = 1.25
-#: Stretches are worth it from twice tf32's error below the floor on: a tenth more blocks, for normally distributed scores.
-ROUGH_REACHES = 1.1
-HEADER = ("n", "G", "U", "dense bound ms", "keys per tile", "attention GFLOP", "L2 GB", "attention ms", "scored exactly", "selection GFLOP (tf32)")
-HEADER += ("selection ms", "pooling ms", "sparse bound ms", "dense / sparse")
+#: How many more blocks than reach a query's floor are worth an exact score, for what bf16 may be wrong by: measured on SmolLM2's mean keys (docs/kernels.md).
+ROUGH_REACHES = 1.3
+HEADER = ("n", "G", "U", "dense bound ms", "keys per tile", "attention GFLOP", "L2 GB", "attention ms", "scored exactly")
+HEADER += ("rough scores ms", "exact scores ms", "pooling ms", "sparse bound ms", "dense / sparse")
 
 
 def distinct(n_queries: int, n_blocks: int, alike: float | None) -> float:
@@ -45,7 +45,7 @@ def sparse_row(n: int, group: int, alike: float | None) -> tuple:
     choosing = select_triton.launch_config(HEAD_DIM, SPEC.n_selected_blocks, True)
     tile, step, stretch = launch_config(HEAD_DIM, group, torch.bfloat16)["BT"], choosing["BT"], choosing["BN"]
     doublings = (step // tile).bit_length() - 1
-    keys = rough = exact = 0.0
+    keys = pairs = exact_pairs = 0.0  # pairs of a query and a block, of one KV head
     for t in range(0, n, step):
         n_blocks = (t - SPEC.window) // size + 1
         if t < SPEC.dense_len:
@@ -54,16 +54,17 @@ def sparse_row(n: int, group: int, alike: float | None) -> tuple:
         keys += SPEC.window + tile + 16 + size * distinct(tile, n_blocks, alike)
         more = candidates(n_blocks, choosing["BW"]) / SPEC.n_selected_blocks
         chosen = distinct(step, n_blocks, alike and alike * more * MORE_OF_TWICE**doublings)
-        scoring = 2 * n_kv * HEAD_DIM * n_blocks * step
-        rough += scoring
-        exact += scoring * min(1, chosen * stretch / n_blocks)
+        pairs += n_blocks * step
+        exact_pairs += n_blocks * step * min(1, chosen * stretch / n_blocks)
     keys /= n / step
     n_tiles = n / tile * n_kv
     flops, read = 4 * HEAD_DIM * tile * group * keys * n_tiles, 4 * HEAD_DIM * keys * n_tiles
     attention = max(flops / MATMUL, read / L2)
-    selection_flops = rough + 3 * exact  # exactly is in three products
-    selection, pooling = selection_flops / (MATMUL / 2), n * n_kv * HEAD_DIM * (2 + 4 / size) / MEMORY
-    return keys, flops / 1e9, read / 1e9, attention, exact / rough, selection_flops / 1e9, selection, pooling, attention + selection + pooling
+    product = 2 * HEAD_DIM * n_kv
+    rough = max(product * pairs / MATMUL, n_kv * pairs * (2 * HEAD_DIM / step + 8 / stretch) / L2)  # bf16 keys; maxima are written and read
+    exact = max(3 * product * exact_pairs / (MATMUL / 2), n_kv * exact_pairs * 4 * HEAD_DIM / step / L2)
+    pooling = n * n_kv * HEAD_DIM * (2 + (4 + 4 + 2) / size) / MEMORY  # means are written, read, and written in bf16
+    return keys, flops / 1e9, read / 1e9, attention, exact_pairs / pairs, rough, exact, pooling, attention + rough + exact + pooling
 
 
 def main() -> None:
@@ -73,10 +74,10 @@ def main() -> None:
         dense = dense_seconds(n)
         for group in (2, 4):
             for name, alike in (("random", None), ("4 M", 4), ("3 M", 3), ("2 M", 2)):
-                keys, flops, read, attention, exact, choosing, selection, pooling, total = sparse_row(n, group, alike)
-                ms = [f"{1e3 * x:.3f}" for x in (dense, attention, selection, pooling, total)]
-                columns = (f"{n // 1024}K", group, name, ms[0], f"{keys:.0f}", f"{flops:.0f}", f"{read:.2f}", ms[1], f"{exact:.0%}", f"{choosing:.0f}", *ms[2:])
-                print("|", " | ".join(map(str, columns)), f"| {dense / total:.1f} |")
+                keys, flops, read, attention, share, *choosing_and_total = sparse_row(n, group, alike)
+                ms = [f"{1e3 * x:.3f}" for x in (dense, attention, *choosing_and_total)]
+                columns = (f"{n // 1024}K", group, name, ms[0], f"{keys:.0f}", f"{flops:.0f}", f"{read:.2f}", ms[1], f"{share:.0%}", *ms[2:])
+                print("|", " | ".join(map(str, columns)), f"| {dense / choosing_and_total[-1]:.1f} |")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Block selection of many queries: scores and the best blocks in one kernel. Called by `triton_ops.py`.
 
-A program serves a tile of queries of one KV head and goes twice over the pooled keys. The first pass multiplies once, in
-tf32, and keeps the largest of these rough scores per column of a tile and per stretch of BN neighbouring blocks. The
-M-th largest of the columns', less what tf32 may be wrong by, is a floor that at least M blocks reach. The second pass
-scores exactly, but only stretches where some query may reach its floor: of a long row a part, since neighbours choose
-alike. It collects the blocks above the floor, a few more than M, in a small buffer; when it fills up, it is cut to
-its M best, which raises the floor. Scores and ids are packed into one 64-bit key, best first, so ties go to the lower id.
+A program serves a tile of queries of one KV head and goes twice over the pooled keys. The first pass multiplies in bf16
+and keeps the largest of these rough scores per column of a tile and per stretch of BN neighbouring blocks. The M-th
+largest of the columns', less what bf16 may be wrong by, is a floor that at least M blocks reach. The second pass scores
+exactly, but only stretches where some query may reach its floor: of a long row a part, since neighbours choose alike. It
+collects the blocks above the floor, a few more than M, in a small buffer; when it fills up, it is cut to its M best,
+which raises the floor. Scores and ids are packed into one 64-bit key, best first, so ties go to the lower id.
 """
 
 import torch
@@ -13,16 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.prefill_triton import TYPE_NAME, aot_shapes, by_rows, padded_dim
+from kernels.prefill_triton import TYPE_NAME, aot_shapes, by_rows, dot, padded_dim
 from kernels.sort_triton import INTERPRETED, smallest
 from kernels.spec import AttentionPlan, SparseSpec
 from kernels.tiles import make_tiles
 
 UNUSED = tl.constexpr(2**63 - 1)
 LOWEST = tl.constexpr(-(2**31))
-#: How far a rough score may be from the score, as a share of the product of both lengths: what cutting operands to tf32's 10 bits makes possible, and more.
-ROUGH = tl.constexpr(1.05 * 2.0**-9)
-SCRATCH_BYTES = 1 << 26  # most scratch memory of one launch
+#: How far a rough score may be from the score, as a share of the product of both lengths: what rounding both to bf16 makes possible, and more.
+ROUGH = tl.constexpr(1.05 * 2.0**-8)
+SCRATCH_BYTES = 1 << 27  # most scratch memory of one launch
 
 
 @triton.jit
@@ -33,15 +33,12 @@ def in_order(x):
 
 
 @triton.jit
-def rough_scores(rows, pooled, n, seen, pooled_sn, D: tl.constexpr, BD: tl.constexpr):
-    """(BT, BW) scores of the queries' sums (BT, BD) with blocks n, by one product in tf32; and the largest squared length of those blocks' mean keys."""
+def rough_scores(rows, rough, n, seen, D: tl.constexpr, BD: tl.constexpr, HK):
+    """(BT, BW) scores of the queries' sums (BT, BD) with blocks n, in bf16; and the largest squared length of those blocks' mean keys."""
     d = tl.arange(0, BD)
-    block = tl.load(pooled + n[:, None] * pooled_sn + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)  # (BW, BD)
-    longest = tl.max(tl.sum(block * block, 1), 0)
-    if INTERPRETED:  # the interpreter would multiply in fp32
-        rows = (rows.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        block = (block.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    return tl.dot(rows, tl.trans(block), input_precision="tf32"), longest
+    block = tl.load(rough + n[:, None] * (HK * D) + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)  # (BW, BD)
+    longest = tl.max(tl.sum(block.to(tl.float32) * block.to(tl.float32), 1), 0)
+    return dot(rows, tl.trans(block), None), longest
 
 
 @triton.jit
@@ -84,12 +81,12 @@ def cut_to_best(buffer, count, M: tl.constexpr, MP: tl.constexpr, CAP: tl.conste
 @triton.jit
 def select_kernel(
     q,  # (B, T, H, D) by strides
-    pooled,  # (B, N, HK, D) fp32 by strides; rows that no query may select can hold anything
+    pooled, rough,  # (B, N, HK, D) fp32 by strides, and the same in bf16, contiguous; rows that no query may select can hold anything
     block_ids,  # (B, T, HK, M) int32, ascending, -1 = unused, at the end
     q_sums, maxima, buffers, visits,  # scratch: per query of the launch BD fp32, n_stretches fp32 and CAP int64; per tile n_stretches int32
     order, tile_pos, tile_start,  # tiles of plan (see tiles.py)
     q_sb, q_st, q_sh, pooled_sb, pooled_sn, pooled_sh,
-    T, HK, n_tiles, tile0, n_stretches, window, n_sinks, dense_len,
+    T, N, HK, n_tiles, tile0, n_stretches, window, n_sinks, dense_len,
     M: tl.constexpr, MP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, COUNTING: tl.constexpr,
 ):  # fmt: skip
@@ -101,6 +98,7 @@ def select_kernel(
     start = tl.load(tile_start + at)
     b64 = b.to(tl.int64)
     pooled += b64 * pooled_sb + h * pooled_sh
+    rough += (b64 * N * HK + h) * D
     # selectable blocks are one range [first, stop): complete, in the document, not wholly in the sinks or the window
     first = tl.maximum((start + BLOCK - 1) // BLOCK, (start + n_sinks) // BLOCK)
     stop = tl.minimum((pos + 1) // BLOCK, tl.maximum(pos - window + BLOCK, 0) // BLOCK)
@@ -122,9 +120,10 @@ def select_kernel(
     maxima += (program * BT + slot) * n_stretches
     top = tl.full((BT, BW), float("-inf"), tl.float32)
     longest = 0.0
+    rough_rows = rows.to(tl.bfloat16)
     for n0 in tl.range(first, last, BW):
         n = n0 + tl.arange(0, BW)
-        score, length = rough_scores(rows, pooled, n, n < last, pooled_sn, D, BD)
+        score, length = rough_scores(rough_rows, rough, n, n < last, D, BD, HK)
         score = tl.where(n[None, :] < stop[:, None], score, float("-inf"))
         longest = tl.maximum(longest, length)
         top = tl.maximum(top, score)
@@ -133,7 +132,8 @@ def select_kernel(
     best = smallest(~in_order(top), MP, COUNTING)  # ~x turns the order round
     nth = ~tl.max(tl.where((tl.arange(0, MP) < M)[None, :], best, LOWEST), 1)
     rough_floor = tl.where(nth < 0, nth ^ 0x7FFFFFFF, nth).to(tl.float32, bitcast=True)
-    error = ROUGH * tl.sqrt(tl.sum(rows * rows, 1) * longest)
+    error = ROUGH * tl.sqrt(tl.sum(rows * rows, 1)) * tl.sqrt(longest)
+    error = tl.where(error == error, error, float("inf"))
     floor = in_order(rough_floor - error) - 1
     worth = rough_floor - 2 * error
 
@@ -143,8 +143,8 @@ def select_kernel(
     tl.debug_barrier()
     for i0 in tl.range(0, n_here, BW):
         i = i0 + tl.arange(0, BW)
-        rough = tl.load(maxima[:, None] + i[None, :], mask=(slot >= 0)[:, None] & (i < n_here)[None, :], other=float("-inf"))
-        visit = tl.max(((rough >= worth[:, None]) & (rough > float("-inf"))).to(tl.int32), 0)
+        best_of = tl.load(maxima[:, None] + i[None, :], mask=(slot >= 0)[:, None] & (i < n_here)[None, :], other=float("-inf"))
+        visit = tl.max(((best_of >= worth[:, None]) & (best_of > float("-inf"))).to(tl.int32), 0)
         tl.store(visits + n_visits + tl.cumsum(visit, 0) - 1, first + i * BN, mask=visit > 0)
         n_visits += tl.sum(visit, 0)
     tl.debug_barrier()
@@ -202,7 +202,8 @@ def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSp
         return ids
     config = launch_config(D, M, not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (9, 0))
     tiles = make_tiles(plan, config["BT"], spec.window, spec.dense_len)
-    n_stretches = triton.cdiv(pooled.shape[1], config["BW"]) * config["BW"] // config["BN"]
+    rough = pooled[:, : (plan.max_pos + 1) // spec.block_size].to(torch.bfloat16).contiguous()
+    n_stretches = triton.cdiv(rough.shape[1], config["BW"]) * config["BW"] // config["BN"]
     per_query = 8 * config["CAP"] + 4 * (padded_dim(D) + n_stretches)
     step = min(tiles.n_tiles, max(1, SCRATCH_BYTES // (B * Hk * config["BT"] * per_query)))
     n_queries = B * Hk * step * config["BT"]
@@ -212,8 +213,8 @@ def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSp
     buffers = torch.empty(n_queries * config["CAP"], dtype=torch.int64, device=q.device)
     for tile0 in range(0, tiles.n_tiles, step):
         select_kernel[(min(step, tiles.n_tiles - tile0), Hk, B)](
-            q, pooled, ids, q_sums, maxima, buffers, visits, tiles.order, tiles.pos, tiles.start, *q.stride()[:3], *pooled.stride()[:3],
-            T, Hk, tiles.n_tiles, tile0, n_stretches, spec.window, spec.n_sinks, spec.dense_len,
+            q, pooled, rough, ids, q_sums, maxima, buffers, visits, tiles.order, tiles.pos, tiles.start, *q.stride()[:3], *pooled.stride()[:3],
+            T, rough.shape[1], Hk, tiles.n_tiles, tile0, n_stretches, spec.window, spec.n_sinks, spec.dense_len,
             M=M, MP=triton.next_power_of_2(M), GROUP=H // Hk, D=D, BD=padded_dim(D), BLOCK=spec.block_size, COUNTING=INTERPRETED, **config,
         )  # fmt: skip
     return ids
@@ -221,9 +222,10 @@ def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSp
 
 def aot_cases(target: str):
     """(kernel, signature, constexprs, options, label) of what `kernels.aot` compiles ahead of time."""
-    pointers = dict.fromkeys(("pooled", "q_sums", "maxima"), "*fp32") | {"buffers": "*i64"}
+    pointers = dict.fromkeys(("pooled", "q_sums", "maxima"), "*fp32") | {"rough": "*bf16", "buffers": "*i64"}
     pointers |= dict.fromkeys(("block_ids", "visits", "order", "tile_pos", "tile_start"), "*i32")
-    numbers = ("q_sb", "q_st", "q_sh", "pooled_sb", "pooled_sn", "pooled_sh", "T", "HK", "n_tiles", "tile0", "n_stretches", "window", "n_sinks", "dense_len")
+    numbers = ("q_sb", "q_st", "q_sh", "pooled_sb", "pooled_sn", "pooled_sh")
+    numbers += ("T", "N", "HK", "n_tiles", "tile0", "n_stretches", "window", "n_sinks", "dense_len")
     shapes = {(head_dim, dtype): group for head_dim, group, dtype in aot_shapes()}  # a group's size only changes the length of a loop
     for (head_dim, dtype), group in shapes.items():
         for m in (16, 32) if head_dim <= 128 and dtype == torch.bfloat16 else (16,):

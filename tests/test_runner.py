@@ -342,6 +342,12 @@ def test_compilers_get_the_flags_they_know(monkeypatch, tmp_path):
     assert compiled._accepted_flags(compiler("new", "Free Software Foundation", "none")) == [PREFETCH, WHOLE_COPIES]
     assert compiled._accepted_flags(compiler("old", "Free Software Foundation", "-mmove-max=256")) == [PREFETCH]
     assert compiled._accepted_flags(compiler("clang", "clang 19", "none")) == []
+    (tmp_path / "slow.pt2").touch(), (tmp_path / "done").touch()
+    notes = []
+    for name, n_notes, there in (("new", 0, True), ("new", 0, True), ("old", 1, False), ("clang", 1, False)):  # no flags are on record at first
+        monkeypatch.setenv("CXX", str(tmp_path / name))
+        compiled._discard_if_made_otherwise(tmp_path, notes.append)
+        assert len(notes) == n_notes and (tmp_path / "slow.pt2").exists() == (tmp_path / "done").exists() == there
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert compiled._accepted_flags(compiler("wide", "Free Software Foundation", "none")) == [PREFETCH]
 
