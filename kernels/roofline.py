@@ -28,7 +28,7 @@ def distinct(n_queries: int, n_blocks: int, alike: float | None) -> float:
 
 
 def candidates(n_blocks: int, columns: int) -> float:
-    """How many blocks reach the floor of a query that chooses M: the M-th largest of `columns` maxima."""
+    """How many blocks are worth an exact score to a query that chooses M; its floor is the M-th largest of `columns` maxima."""
     M = SPEC.n_selected_blocks
     return ROUGH_REACHES * n_blocks * (1 - (1 - M / columns) ** (columns / n_blocks)) if n_blocks > columns else n_blocks
 
