@@ -15,7 +15,7 @@ N_HEADS, HEAD_DIM, SPEC = 8, 64, SparseSpec()
 DENSE_TILE = 128  # queries of a dense tile
 #: How much more distinct blocks twice as many neighbours choose: measured on text (docs/kernels.md).
 MORE_OF_TWICE = 1.25
-#: How many more blocks than reach a query's floor are worth an exact score, for what bf16 may be wrong by: measured on SmolLM2's mean keys (docs/kernels.md).
+#: How many more blocks than reach a query's floor are worth an exact score, for what bf16 may be wrong by: measured once on SmolLM2 (docs/kernels.md).
 ROUGH_REACHES = 1.3
 HEADER = ("n", "G", "U", "dense bound ms", "keys per tile", "attention GFLOP", "L2 GB", "attention ms", "scored exactly")
 HEADER += ("rough scores ms", "exact scores ms", "pooling ms", "sparse bound ms", "dense / sparse")

@@ -187,9 +187,9 @@ def launch_config(head_dim: int, n_selected_blocks: int, hopper: bool) -> dict:
     registers, and wide heads leave none to load ahead into.
     """
     m = max(16, triton.next_power_of_2(n_selected_blocks))
-    columns = max(64, 2 * m)
+    wide = max(64, 2 * m)
     options = {"num_warps": 8, "num_stages": 2 if hopper or head_dim <= 64 else 1}
-    return {"BT": 64 if m == 16 else 32, "BN": m, "BW": columns, "CAP": 4 * m, "PRECISION": "tf32x3"} | options
+    return {"BT": 64 if m == 16 else 32, "BN": m, "BW": wide, "CAP": 4 * m, "PRECISION": "tf32x3"} | options
 
 
 def select_blocks(q: Tensor, pooled: Tensor, plan: AttentionPlan, spec: SparseSpec) -> Tensor:

@@ -342,7 +342,8 @@ def test_compilers_get_the_flags_they_know(monkeypatch, tmp_path):
     assert compiled._accepted_flags(compiler("new", "Free Software Foundation", "none")) == [PREFETCH, WHOLE_COPIES]
     assert compiled._accepted_flags(compiler("old", "Free Software Foundation", "-mmove-max=256")) == [PREFETCH]
     assert compiled._accepted_flags(compiler("clang", "clang 19", "none")) == []
-    (tmp_path / "slow.pt2").touch(), (tmp_path / "done").touch()
+    for made in ("slow.pt2", "done"):
+        (tmp_path / made).touch()
     notes = []
     for name, n_notes, there in (("new", 0, True), ("new", 0, True), ("old", 1, False), ("clang", 1, False)):  # no flags are on record at first
         monkeypatch.setenv("CXX", str(tmp_path / name))
