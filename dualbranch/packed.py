@@ -82,11 +82,22 @@ def interleave(q: Tensor, bits: int) -> Tensor:
 
 
 def relaid(words: Tensor, lanes: int) -> Tensor:
-    """Words `(..., N / L, C, L)` with `lanes` rows interleaved instead of L; themselves where that is the same."""
+    """Words `(..., N / L, C, L)` with `lanes` rows interleaved instead of L, in other memory; themselves where L is `lanes`."""
     if words.shape[-1] == lanes:
         return words
     rows = words.transpose(-1, -2).flatten(-3, -2)  # (..., N, C)
-    return rows.unflatten(-2, (-1, lanes)).transpose(-1, -2).contiguous()
+    return rows.unflatten(-2, (-1, lanes)).transpose(-1, -2).clone(memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
+def relay_in_place(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Interleaves as many rows as this machine has lanes in the packed matrices of `weights`, a state dict of `model` that nobody else holds: in the memory
+    they lie in, one after the other, so that they are never there twice. Mutates both the dict and its tensors."""
+    for name, matrix in model.named_modules():
+        for buffer in matrix.in_lanes if isinstance(matrix, PackedMatrix) else ():
+            stored = weights[f"{name}.{buffer}"].view(getattr(matrix, buffer).dtype)
+            laid = relaid(stored, LANES)
+            weights[f"{name}.{buffer}"] = stored if laid is stored else stored.view(laid.shape).copy_(laid)
 
 
 def raw_fields(words: Tensor, bits: int) -> list[Tensor]:
@@ -159,19 +170,19 @@ class PackedMatrix(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._in_lanes:
+        for name in self.in_lanes:
             t = relaid(destination[prefix + name], STORED_LANES)
             destination[prefix + name] = t.flatten().view(torch.int32).view(*t.shape[:-1], -1)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        for name in self._in_lanes:
+        for name in self.in_lanes:
             if prefix + name in state_dict:
                 state_dict[prefix + name] = relaid(state_dict[prefix + name].view(getattr(self, name).dtype), LANES)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn, recurse: bool = True) -> PackedMatrix:
         """Moves bf16 numbers between devices as integers, so that no change of dtype touches them."""
-        numbers = [name for name in self._in_lanes if getattr(self, name).dtype == torch.bfloat16]
+        numbers = [name for name in self.in_lanes if getattr(self, name).dtype == torch.bfloat16]
         for name in numbers:
             setattr(self, name, getattr(self, name).view(torch.int16))
         super()._apply(fn, recurse)
@@ -181,7 +192,7 @@ class PackedMatrix(nn.Module):
         return self
 
     @property
-    def _in_lanes(self) -> tuple[str, ...]:
+    def in_lanes(self) -> tuple[str, ...]:
         """Names of the buffers whose last axis is rows interleaved."""
         return ("words", "scales") if self.bits == 4 else ("words",)
 

@@ -13,6 +13,7 @@ from dualbranch.checkpoint import load_checkpoint, save_checkpoint
 from dualbranch.layers import FeedForward
 from dualbranch.packed import FEW, GROUP, PackedEmbedding, PackedFeedForward, PackedLinear, PackedMatrix, ProductNorm, more_rows, multiply
 from dualbranch.precision import BITS, parse_precision, quantize, unpack_branches
+from dualbranch.tensor_file import load_weights
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 100))
 
@@ -113,6 +114,28 @@ def test_a_machine_with_longer_registers_reads_the_same_weights(bits, monkeypatc
     again = PackedMatrix(40, 64, bits)  # with 16 lanes
     again.load_state_dict(stored[8])
     assert torch.equal(again.transposed(), unpacked[8])
+
+
+@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("precision", ["int8", "int4", "bf16"])
+def test_a_checkpoint_is_laid_out_for_other_registers_in_the_memory_it_was_read_into(precision, lanes, monkeypatch, tmp_path):
+    monkeypatch.setattr("dualbranch.packed.LANES", lanes)
+    tok, tokens = make_tiny_tokenizer(), torch.arange(20)[None]
+    model = quantize(make_tiny_model(tok.vocab_size), precision)
+    save_checkpoint(tmp_path / "model", model, tok)
+    places = set()
+
+    def noted(path):
+        weights = load_weights(path)
+        places.update(t.data_ptr() for t in weights.values())
+        return weights
+
+    monkeypatch.setattr("dualbranch.checkpoint.load_weights", noted)
+    again, _ = load_checkpoint(tmp_path / "model")
+    words = [m.words for m in again.modules() if isinstance(m, PackedMatrix)]
+    assert len(words) > 10 and all(w.shape[-1] == lanes and w.data_ptr() in places for w in words)
+    for route in ("slow", "fast"):
+        assert torch.equal(again(tokens, route).logits, model(tokens, route).logits)
 
 
 def test_precision_by_part():
