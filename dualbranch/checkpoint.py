@@ -187,7 +187,6 @@ def _load_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | 
     from dualbranch.config import DualBranchConfig
     from dualbranch.gate import Calibration
     from dualbranch.model import DualBranchModel
-    from dualbranch.packed import relay_in_place
     from dualbranch.precision import lay_out
 
     dtype = _as_dtype(dtype)
@@ -220,7 +219,6 @@ def _load_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | 
     check_tensors(path, header, model.state_dict())
     weights = load_weights(path)
     stored = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.float32)
-    relay_in_place(model, weights)
     model.load_state_dict(weights, assign=True)
     model.to(device=device, dtype=dtype or stored)
     model.calibration = calibration

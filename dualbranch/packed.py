@@ -2,9 +2,8 @@
 
 A word holds `PER[bits]` columns of one row, and L = LANES rows are interleaved: field j (from the lowest bits) of word `[n // L, c, n % L]` is row
 n's column `j * C + c`, C words to a row; at 4 bits column `8 * c + j`, so that a group of 32 neighbours shares a scale; at 16 a bf16 number is the word.
-One vector register then holds the same columns of L rows (in a checkpoint L is always STORED_LANES). In this shape PyTorch's compiler makes `product` a
-loop at the memory's speed; without a compiler it is correct and slow. Bits are never looked at as a number of another type: compiled, such a
-view goes through memory element by element.
+The vector registers then hold the same columns of many rows. In this shape PyTorch's compiler makes `product` a loop at the memory's speed; without a
+compiler it is correct and slow. Bits are never looked at as a number of another type: compiled, such a view goes through memory element by element.
 
 Fields are stored above zero (value + 2^(bits-1)) except the highest, which keeps its sign: one AND and one conversion give a field as a power of two
 times its value. Activations stay fp32: nothing is lost but what rounding the weights loses. `precision.py` puts these matrices into a model.
@@ -13,7 +12,8 @@ times its value. Activations stay fp32: nothing is lost but what rounding the we
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
+from operator import add
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +22,19 @@ from torch import Tensor, nn
 from dualbranch.layers import FeedForward, activate
 from kernels import has_bf16_units
 
-#: Rows interleaved in a checkpoint; and in memory, as many as this machine's vector registers have fp32 lanes (8 where they have fewer).
-STORED_LANES = 16
-LANES = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+#: Rows interleaved: as many as an AVX-512 register has fp32 lanes, and as a register of AVX2 takes bf16 numbers.
+LANES = 16
+#: fp32 lanes of a vector register here (8 where there are fewer).
+REGISTER = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
 #: Columns in a word, by bits per weight.
 PER = {4: 8, 8: 4, 16: 1}
 #: Columns that share a scale and an offset at 4 bits.
 GROUP = 32
 #: Most tokens multiplied by the packed words as they are; for more the matrix is unpacked first.
 FEW = 8
+#: Fewest weights of a matrix at 8 bits that is multiplied in two places at once where a register holds no more than half of the rows: memory is then read
+#: ahead in both, and what the loop holds of the activations serves four registers. (For smaller ones, more code costs as much.)
+LARGE = 1 << 22
 #: Most hidden activations of a feed-forward that a CPU computes at once, but for those of HIDDEN_TOKENS tokens: fewer make slow products.
 HIDDEN_ELEMENTS = 1 << 20
 HIDDEN_TOKENS = 512
@@ -81,25 +85,6 @@ def interleave(q: Tensor, bits: int) -> Tensor:
     return words.transpose(1, 2).contiguous()
 
 
-def relaid(words: Tensor, lanes: int) -> Tensor:
-    """Words `(..., N / L, C, L)` with `lanes` rows interleaved instead of L, in other memory; themselves where L is `lanes`."""
-    if words.shape[-1] == lanes:
-        return words
-    rows = words.transpose(-1, -2).flatten(-3, -2)  # (..., N, C)
-    return rows.unflatten(-2, (-1, lanes)).transpose(-1, -2).clone(memory_format=torch.contiguous_format)
-
-
-@torch.no_grad()
-def relay_in_place(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Interleaves as many rows as this machine has lanes in the packed matrices of `weights`, a state dict of `model` that nobody else holds: in the memory
-    they lie in, one after the other, so that they are never there twice. Mutates both the dict and its tensors."""
-    for name, matrix in model.named_modules():
-        for buffer in matrix.in_lanes if isinstance(matrix, PackedMatrix) else ():
-            stored = weights[f"{name}.{buffer}"].view(getattr(matrix, buffer).dtype)
-            laid = relaid(stored, LANES)
-            weights[f"{name}.{buffer}"] = stored if laid is stored else stored.view(laid.shape).copy_(laid)
-
-
 def raw_fields(words: Tensor, bits: int) -> list[Tensor]:
     """Each field of int32 `words`, as fp32 of the words' shape: field j times `2^(bits * j)`, all but the last above zero by half their range."""
     return [(words & (((1 << bits) - 1) << (bits * j))).float() for j in range(PER[bits] - 1)] + [(words & -(1 << (32 - bits))).float()]
@@ -137,7 +122,7 @@ def transposed(bits: int, words: Tensor, scales: Tensor | None, dtype: torch.dty
 class PackedMatrix(nn.Module):
     """A matrix `(N, K)` at 16 bits (bf16), 8 (a scale per row) or 4 (groups of 32 columns with scale and offset). fp32 in and out.
 
-    `words (N' / L, K' / per, L)` int32, at 16 bits bf16, with N and K rounded up to multiples of STORED_LANES and GROUP; `scales`: at 8 bits `(N',)` fp32,
+    `words (N' / L, K' / per, L)` int32, at 16 bits bf16, with N and K rounded up to multiples of LANES and GROUP; `scales`: at 8 bits `(N',)` fp32,
     at 4 offset and scale `(2, N' / L, K' / GROUP, L)` bf16, at 16 None. A state dict holds bf16 numbers in pairs, as int32, so that nothing converts them.
     """
 
@@ -147,7 +132,7 @@ class PackedMatrix(nn.Module):
             raise ValueError(f"bits is {bits}; a packed matrix has 4, 8 or 16 bits per weight")
         self.n_rows, self.n_columns, self.bits = n_rows, n_columns, bits
         self.unpack: Callable[[Tensor, Tensor | None, torch.dtype], Tensor] = partial(transposed, bits)
-        N, K = -(-n_rows // STORED_LANES) * STORED_LANES, -(-n_columns // GROUP) * GROUP
+        N, K = -(-n_rows // LANES) * LANES, -(-n_columns // GROUP) * GROUP
         self.register_buffer("words", torch.zeros(N // LANES, K // PER[bits], LANES, dtype=torch.bfloat16 if bits == 16 else torch.int32))
         scales = {4: torch.zeros(2, N // LANES, K // GROUP, LANES, dtype=torch.bfloat16), 8: torch.zeros(N)}
         self.register_buffer("scales", scales.get(bits))
@@ -170,31 +155,30 @@ class PackedMatrix(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self.in_lanes:
-            t = relaid(destination[prefix + name], STORED_LANES)
+        for name in self._numbers:
+            t = destination[prefix + name]
             destination[prefix + name] = t.flatten().view(torch.int32).view(*t.shape[:-1], -1)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        for name in self.in_lanes:
+        for name in self._numbers:
             if prefix + name in state_dict:
-                state_dict[prefix + name] = relaid(state_dict[prefix + name].view(getattr(self, name).dtype), LANES)
+                state_dict[prefix + name] = state_dict[prefix + name].view(torch.bfloat16)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn, recurse: bool = True) -> PackedMatrix:
         """Moves bf16 numbers between devices as integers, so that no change of dtype touches them."""
-        numbers = [name for name in self.in_lanes if getattr(self, name).dtype == torch.bfloat16]
-        for name in numbers:
+        for name in self._numbers:
             setattr(self, name, getattr(self, name).view(torch.int16))
         super()._apply(fn, recurse)
-        for name in numbers:
+        for name in self._numbers:
             setattr(self, name, getattr(self, name).view(torch.bfloat16))
         self.unpack = partial(transposed, self.bits)  # compiled code is for one device
         return self
 
     @property
-    def in_lanes(self) -> tuple[str, ...]:
-        """Names of the buffers whose last axis is rows interleaved."""
-        return ("words", "scales") if self.bits == 4 else ("words",)
+    def _numbers(self) -> tuple[str, ...]:
+        """Names of the buffers that hold bf16 numbers."""
+        return {4: ("scales",), 8: (), 16: ("words",)}[self.bits]
 
     def transposed(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix, unpacked: `(K, N)`."""
@@ -215,43 +199,58 @@ class PackedMatrix(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """`x (M, K) @ matrix^T (K, N)` for few rows, without unpacking: `(M, N)` fp32. Meant to be compiled."""
-        bits, words = self.bits, self.words
-        per, half = PER[bits], 1 << (bits - 1)
-        x = kept(F.pad(x, (0, words.shape[1] * per - self.n_columns)))
-        scaled = kept(x * _field_scales(x.shape[1], bits, x.device)) if bits < 16 else x
-        if bits == 16:
-            sums = _sum_over_fields([words.float()], (x,))
-        elif bits == 8:
-            sums = _sum_over_fields(raw_fields(words, 8), split_columns(scaled, 8).unbind(2))
-        else:
-            fields = [f for w in words.unflatten(1, (-1, GROUP // per)).unbind(2) for f in raw_fields(w, 4)]  # of a group, all in one turn of the loop
-            sums = _sum_over_fields(fields, scaled.unflatten(1, (-1, GROUP)).unbind(2))  # each (N' / L, G, L)
-            groups, (low, scale) = x.unflatten(1, (-1, GROUP)), self.scales.float()
-            total, missing = kept(groups.sum(-1)), kept(half * groups[..., per - 1 :: per].sum(-1))  # (M, G)
-            sums = [(s + missing[m, :, None]) * scale + total[m, :, None] * low for m, s in enumerate(sums)]
-        y = torch.stack([s.sum(1).flatten() for s in sums])
-        if bits == 8:
-            above = half * x[:, : -words.shape[1]].sum(1, keepdim=True)  # what the unsigned fields have too much
-            y = (y - above) * self.scales
-        return y[:, : self.n_rows]
+        x = kept(F.pad(x, (0, self.words.shape[1] * PER[self.bits] - self.n_columns)))
+        return (self._product_by_group(x) if self.bits == 4 else self._product_by_field(x))[:, : self.n_rows]
+
+    def _product_by_field(self, x: Tensor) -> Tensor:
+        """Of words at 8 and 16 bits."""
+        n_words, per = self.words.shape[1], PER[self.bits]
+        column, scaled = torch.arange(x.shape[1], device=x.device), x
+        for j in range(1, per):  # undoes the power of two of each field
+            scaled = torch.where(column < j * n_words, scaled, x * 2.0 ** (-8 * j))
+        columns = split_columns(kept(scaled), self.bits).unbind(2)
+        y = torch.cat([torch.cat([_sums(words, columns) for words in rows], 2) for rows in self._at_once()], 1).flatten(1)
+        if self.bits == 16:
+            return y
+        above = torch.where(column < (per - 1) * n_words, x, 0.0).sum(1, keepdim=True)
+        return (y - 128 * above) * self.scales  # all fields but the last are stored 128 too high
+
+    def _at_once(self) -> list[tuple[Tensor, ...]]:
+        """The words in pieces of rows, and those in registers, which a compiled loop goes through together: bf16 numbers are loaded for all lanes."""
+        if self.bits == 16:
+            return [(self.words,)]
+        n_blocks, _, n_lanes = self.words.shape
+        two_places = n_lanes > REGISTER and self.n_rows * self.n_columns >= LARGE and n_blocks % 2 == 0
+        return [rows.split(REGISTER, 2) for rows in self.words.chunk(1 + two_places)]
+
+    def _product_by_group(self, x: Tensor) -> Tensor:
+        """Of words at 4 bits: the loop takes the 32 columns of a group in one turn, four at a time, since additions in a row wait for each other."""
+        groups, (low, scale) = x.unflatten(1, (-1, GROUP)), self.scales.float()
+        columns = kept(x * _field_scales(x.shape[1], x.device)).unflatten(1, (-1, GROUP)).unbind(2)
+        fields = [f for words in self.words.unflatten(1, (-1, GROUP // 8)).unbind(2) for f in raw_fields(words, 4)]  # each (N' / L, G, L)
+        total, missing = kept(groups.sum(-1)), kept(8 * groups[..., 7::8].sum(-1))  # (M, G)
+        y = []
+        for m in range(len(x)):
+            terms = [f * c[m, :, None] for f, c in zip(fields, columns, strict=True)]
+            sums = added([added(terms[i : i + 4]) for i in range(0, GROUP, 4)])
+            y.append(((sums + missing[m, :, None]) * scale + total[m, :, None] * low).sum(1).flatten())
+        return torch.stack(y)
 
 
-def _sum_over_fields(fields: list[Tensor], columns: tuple[Tensor, ...]) -> list[Tensor]:
-    """For each of M tokens, the `fields (N' / L, C, L)`, each times its `columns (M, C)`, added up: M times `(N' / L, C, L)`.
-
-    Four at a time: additions in a row wait for each other, and a group of 4 bits has 32 of them."""
-    found = []
-    for m in range(len(columns[0])):
-        terms = [f * c[m, :, None] for f, c in zip(fields, columns, strict=True)]
-        found.append(sum(sum(terms[i : i + 4]) for i in range(0, len(terms), 4)))
-    return found
+def _sums(words: Tensor, columns: tuple[Tensor, ...]) -> Tensor:
+    """Of `words (B, C, L)` at 8 or 16 bits and each field's `columns (M, C)`, scaled as `raw_fields` asks: `(M, B, L)`."""
+    fields = [words.float()] if words.dtype == torch.bfloat16 else raw_fields(words, 8)
+    return torch.stack([added([f * c[m, :, None] for f, c in zip(fields, columns, strict=True)]).sum(1) for m in range(len(columns[0]))])
 
 
-def _field_scales(n_columns: int, bits: int, device: torch.device) -> Tensor:
-    """`(K',)`: what undoes the power of two of each column's field (`raw_fields`)."""
-    j = torch.arange(n_columns, device=device)
-    field = j % PER[bits] if bits == 4 else j // (n_columns * bits // 32)
-    return torch.exp2(-bits * field.float())
+def added(terms: list[Tensor]) -> Tensor:
+    """Unlike Python's `sum`, without adding them to 0, for which compiled code takes an instruction."""
+    return reduce(add, terms)
+
+
+def _field_scales(n_columns: int, device: torch.device) -> Tensor:
+    """`(K',)`: what undoes the power of two of each column's field at 4 bits (`raw_fields`)."""
+    return torch.exp2(-4 * (torch.arange(n_columns, device=device) % 8).float())
 
 
 def kept(x: Tensor) -> Tensor:

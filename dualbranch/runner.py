@@ -78,9 +78,8 @@ def read(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     """
     q = kept(q.float() * q.shape[-1] ** -0.5)
     k, v = (x.transpose(0, 1) for x in (k.float(), v.float().masked_fill(~seen[..., None], 0.0)))  # (P, Hk, J, D)
-    unseen = ~seen.transpose(0, 1)
-    scores = [kept((q_g[:, None] * k).sum(-1).contiguous()).masked_fill(unseen, float("-inf")) for q_g in q.unbind(1)]  # each (P, Hk, J)
-    scores = kept(torch.stack(scores, 1))  # (P, G, Hk, J)
+    scores = kept(torch.stack([(q_g[:, None] * k).sum(-1) for q_g in q.unbind(1)], 1))  # (P, G, Hk, J)
+    scores = scores.masked_fill(~seen.transpose(0, 1)[:, None], float("-inf"))
     e = kept((scores - scores.amax((0, 3), keepdim=True)).exp())
     parts = kept(torch.stack([(w[..., None] * v).sum(2) for w in e.unbind(1)], 1))  # (P, G, Hk, D)
     return (parts.sum(0) / e.sum((0, 3))[..., None]).transpose(0, 1).flatten(0, 1)[None]

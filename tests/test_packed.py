@@ -13,7 +13,6 @@ from dualbranch.checkpoint import load_checkpoint, save_checkpoint
 from dualbranch.layers import FeedForward
 from dualbranch.packed import FEW, GROUP, PackedEmbedding, PackedFeedForward, PackedLinear, PackedMatrix, ProductNorm, more_rows, multiply
 from dualbranch.precision import BITS, parse_precision, quantize, unpack_branches
-from dualbranch.tensor_file import load_weights
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 100))
 
@@ -100,42 +99,29 @@ def test_weights_survive_a_change_of_dtype(bits):
     assert torch.equal(other.matrix.transposed(), linear.matrix.transposed())
 
 
+@pytest.mark.parametrize("n_rows", [40, 64])
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_a_machine_with_longer_registers_reads_the_same_weights(bits, monkeypatch):
-    weight, x = torch.randn(40, 64), torch.randn(2, 64)
-    stored, unpacked = {}, {}
-    for n in (8, 16):
-        monkeypatch.setattr("dualbranch.packed.LANES", n)
-        matrix = packed(weight, bits)
-        torch.testing.assert_close(matrix.product(x), x @ rounded(weight, bits).T, rtol=1e-4, atol=1e-4)
-        assert torch.equal(matrix.rows(torch.arange(40)), matrix.transposed().T)
-        stored[n], unpacked[n] = matrix.state_dict(), matrix.transposed()
-    assert all(torch.equal(stored[8][name], t) for name, t in stored[16].items())
-    again = PackedMatrix(40, 64, bits)  # with 16 lanes
-    again.load_state_dict(stored[8])
-    assert torch.equal(again.transposed(), unpacked[8])
+def test_machines_of_any_registers_compute_the_same(bits, n_rows, monkeypatch):
+    weight, x = torch.randn(n_rows, 64), torch.randn(2, 64)
+    matrix, together = packed(weight, bits), {8: [], 16: []}
+    for register in (8, 16):
+        monkeypatch.setattr(packed_module, "REGISTER", register)
+        for large in (1 << 22, 1):
+            monkeypatch.setattr(packed_module, "LARGE", large)
+            torch.testing.assert_close(matrix.product(x), x @ rounded(weight, bits).T, rtol=1e-4, atol=1e-4)
+            together[register].append(0 if bits == 4 else sum(map(len, matrix._at_once())))
+    n = 2 if bits == 8 else int(bits > 4)  # registers that the loop goes through at once; 40 rows are 3 blocks, which no two places share
+    assert together == {8: [n, n * 2 if bits == 8 and n_rows == 64 else n], 16: [min(n, 1)] * 2}
 
 
-@pytest.mark.parametrize("lanes", [8, 16])
-@pytest.mark.parametrize("precision", ["int8", "int4", "bf16"])
-def test_a_checkpoint_is_laid_out_for_other_registers_in_the_memory_it_was_read_into(precision, lanes, monkeypatch, tmp_path):
-    monkeypatch.setattr("dualbranch.packed.LANES", lanes)
-    tok, tokens = make_tiny_tokenizer(), torch.arange(20)[None]
-    model = quantize(make_tiny_model(tok.vocab_size), precision)
-    save_checkpoint(tmp_path / "model", model, tok)
-    places = set()
-
-    def noted(path):
-        weights = load_weights(path)
-        places.update(t.data_ptr() for t in weights.values())
-        return weights
-
-    monkeypatch.setattr("dualbranch.checkpoint.load_weights", noted)
-    again, _ = load_checkpoint(tmp_path / "model")
-    words = [m.words for m in again.modules() if isinstance(m, PackedMatrix)]
-    assert len(words) > 10 and all(w.shape[-1] == lanes and w.data_ptr() in places for w in words)
-    for route in ("slow", "fast"):
-        assert torch.equal(again(tokens, route).logits, model(tokens, route).logits)
+def test_words_lie_as_in_the_checkpoints_that_there_are():
+    weight = torch.randn(32, 64)
+    of_8, of_16 = packed(weight, 8), packed(weight, 16)
+    assert of_8.words.shape == (2, 16, 16) and of_16.words.shape == (2, 64, 16)
+    for row, column in ((19, 5), (0, 15), (31, 0)):
+        first = int(of_8.words[row // 16, column, row % 16]) & 255  # the lowest field, 128 too high
+        assert first - 128 == round(float(weight[row, column] / of_8.scales[row]))
+        assert of_16.words[row // 16, column, row % 16] == weight[row, column].bfloat16()
 
 
 def test_precision_by_part():
