@@ -225,7 +225,8 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
     """Arguments of the step's shapes, and which of their sizes may vary."""
     c = model.config
     if isinstance(step, runner.Unpack):
-        matrix = next(m for m in model.modules() if isinstance(m, packed.PackedMatrix) and m.bits == step.bits)
+        matrices = (m for m in model.modules() if isinstance(m, packed.PackedMatrix) and m.bits == step.bits)
+        matrix = max(matrices, key=lambda m: min(m.words.shape))  # a size of 1 would be compiled as 1
         vary = {0: Dim.AUTO, 1: Dim.AUTO}
         return (matrix.words, matrix.scales), (vary, {4: {1: Dim.AUTO, 2: Dim.AUTO}, 8: {0: Dim.AUTO}, 16: None}[step.bits])
     many, vary = torch.ones(40, 96), {0: Dim.AUTO, 1: Dim.AUTO}

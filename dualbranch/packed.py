@@ -24,16 +24,14 @@ from kernels import has_bf16_units
 
 #: Rows interleaved: as many as an AVX-512 register has fp32 lanes, and as a register of AVX2 takes bf16 numbers.
 LANES = 16
-#: fp32 lanes of a vector register here (8 where there are fewer).
-REGISTER = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
 #: Columns in a word, by bits per weight.
 PER = {4: 8, 8: 4, 16: 1}
 #: Columns that share a scale and an offset at 4 bits.
 GROUP = 32
 #: Most tokens multiplied by the packed words as they are; for more the matrix is unpacked first.
 FEW = 8
-#: Fewest weights of a matrix at 8 bits that is multiplied in two places at once where a register holds no more than half of the rows: memory is then read
-#: ahead in both, and what the loop holds of the activations serves four registers. (For smaller ones, more code costs as much.)
+#: Fewest weights of a matrix at 8 bits of which a compiled loop multiplies two blocks of rows in a turn, where a block takes two registers: memory is then
+#: read ahead in two places, and more registers share the activations. (Smaller ones come no sooner, and more code has to.)
 LARGE = 1 << 22
 #: Most hidden activations of a feed-forward that a CPU computes at once, but for those of HIDDEN_TOKENS tokens: fewer make slow products.
 HIDDEN_ELEMENTS = 1 << 20
@@ -155,28 +153,28 @@ class PackedMatrix(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._numbers:
+        for name in self._bf16_buffers:
             t = destination[prefix + name]
             destination[prefix + name] = t.flatten().view(torch.int32).view(*t.shape[:-1], -1)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        for name in self._numbers:
+        for name in self._bf16_buffers:
             if prefix + name in state_dict:
                 state_dict[prefix + name] = state_dict[prefix + name].view(torch.bfloat16)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn, recurse: bool = True) -> PackedMatrix:
         """Moves bf16 numbers between devices as integers, so that no change of dtype touches them."""
-        for name in self._numbers:
+        for name in self._bf16_buffers:
             setattr(self, name, getattr(self, name).view(torch.int16))
         super()._apply(fn, recurse)
-        for name in self._numbers:
+        for name in self._bf16_buffers:
             setattr(self, name, getattr(self, name).view(torch.bfloat16))
         self.unpack = partial(transposed, self.bits)  # compiled code is for one device
         return self
 
     @property
-    def _numbers(self) -> tuple[str, ...]:
+    def _bf16_buffers(self) -> tuple[str, ...]:
         """Names of the buffers that hold bf16 numbers."""
         return {4: ("scales",), 8: (), 16: ("words",)}[self.bits]
 
@@ -200,57 +198,58 @@ class PackedMatrix(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """`x (M, K) @ matrix^T (K, N)` for few rows, without unpacking: `(M, N)` fp32. Meant to be compiled."""
         x = kept(F.pad(x, (0, self.words.shape[1] * PER[self.bits] - self.n_columns)))
-        return (self._product_by_group(x) if self.bits == 4 else self._product_by_field(x))[:, : self.n_rows]
-
-    def _product_by_field(self, x: Tensor) -> Tensor:
-        """Of words at 8 and 16 bits."""
-        n_words, per = self.words.shape[1], PER[self.bits]
-        column, scaled = torch.arange(x.shape[1], device=x.device), x
-        for j in range(1, per):  # undoes the power of two of each field
-            scaled = torch.where(column < j * n_words, scaled, x * 2.0 ** (-8 * j))
-        columns = split_columns(kept(scaled), self.bits).unbind(2)
-        y = torch.cat([torch.cat([_sums(words, columns) for words in rows], 2) for rows in self._at_once()], 1).flatten(1)
         if self.bits == 16:
-            return y
-        above = torch.where(column < (per - 1) * n_words, x, 0.0).sum(1, keepdim=True)
+            y = _sums([self.words.float()], (x,)).flatten(1)
+        else:
+            y = self._product_of_bytes(x) if self.bits == 8 else self._product_of_groups(x)
+        return y[:, : self.n_rows]
+
+    def _product_of_bytes(self, x: Tensor) -> Tensor:
+        """The product of the padded `x (M, K')` at 8 bits: `(M, N')`."""
+        n_words, column, scaled = self.words.shape[1], torch.arange(x.shape[1], device=x.device), x
+        for j in range(1, PER[8]):  # undoes the power of two of each field
+            scaled = torch.where(column < j * n_words, scaled, x * 2.0 ** (-8 * j))
+        columns = split_columns(kept(scaled), 8).unbind(2)
+        y = torch.cat([torch.cat([_sums(raw_fields(words, 8), columns) for words in rows], 2) for rows in self._in_turns()], 1).flatten(1)
+        above = torch.where(column < 3 * n_words, x, 0.0).sum(1, keepdim=True)
         return (y - 128 * above) * self.scales  # all fields but the last are stored 128 too high
 
-    def _at_once(self) -> list[tuple[Tensor, ...]]:
-        """The words in pieces of rows, and those in registers, which a compiled loop goes through together: bf16 numbers are loaded for all lanes."""
-        if self.bits == 16:
-            return [(self.words,)]
+    def _in_turns(self) -> list[tuple[Tensor, ...]]:
+        """The words at 8 bits as a compiled loop takes them in one turn: one or two runs of blocks of rows, each cut into registers."""
         n_blocks, _, n_lanes = self.words.shape
-        two_places = n_lanes > REGISTER and self.n_rows * self.n_columns >= LARGE and n_blocks % 2 == 0
-        return [rows.split(REGISTER, 2) for rows in self.words.chunk(1 + two_places)]
+        lanes = register_lanes()
+        two = n_lanes > lanes and self.n_rows * self.n_columns >= LARGE and n_blocks % 2 == 0
+        return [rows.split(lanes, 2) for rows in self.words.chunk(2 if two else 1)]
 
-    def _product_by_group(self, x: Tensor) -> Tensor:
-        """Of words at 4 bits: the loop takes the 32 columns of a group in one turn, four at a time, since additions in a row wait for each other."""
+    def _product_of_groups(self, x: Tensor) -> Tensor:
+        """As `_product_of_bytes`, at 4 bits. A turn of the loop takes the columns of a group, four at a time: additions in a row wait for each other."""
+        per, half = PER[4], 1 << 3
         groups, (low, scale) = x.unflatten(1, (-1, GROUP)), self.scales.float()
-        columns = kept(x * _field_scales(x.shape[1], x.device)).unflatten(1, (-1, GROUP)).unbind(2)
-        fields = [f for words in self.words.unflatten(1, (-1, GROUP // 8)).unbind(2) for f in raw_fields(words, 4)]  # each (N' / L, G, L)
-        total, missing = kept(groups.sum(-1)), kept(8 * groups[..., 7::8].sum(-1))  # (M, G)
+        scaled = kept(x * torch.exp2(-4 * (torch.arange(x.shape[1], device=x.device) % per).float()))  # undoes the power of two of each field
+        columns = scaled.unflatten(1, (-1, GROUP)).unbind(2)
+        fields = [f for words in self.words.unflatten(1, (-1, GROUP // per)).unbind(2) for f in raw_fields(words, 4)]  # each (N' / L, G, L)
+        total, missing = kept(groups.sum(-1)), kept(half * groups[..., per - 1 :: per].sum(-1))  # (M, G)
         y = []
         for m in range(len(x)):
             terms = [f * c[m, :, None] for f, c in zip(fields, columns, strict=True)]
-            sums = added([added(terms[i : i + 4]) for i in range(0, GROUP, 4)])
+            sums = _added([_added(terms[i : i + 4]) for i in range(0, GROUP, 4)])
             y.append(((sums + missing[m, :, None]) * scale + total[m, :, None] * low).sum(1).flatten())
         return torch.stack(y)
 
 
-def _sums(words: Tensor, columns: tuple[Tensor, ...]) -> Tensor:
-    """Of `words (B, C, L)` at 8 or 16 bits and each field's `columns (M, C)`, scaled as `raw_fields` asks: `(M, B, L)`."""
-    fields = [words.float()] if words.dtype == torch.bfloat16 else raw_fields(words, 8)
-    return torch.stack([added([f * c[m, :, None] for f, c in zip(fields, columns, strict=True)]).sum(1) for m in range(len(columns[0]))])
+def register_lanes() -> int:
+    """fp32 lanes of a vector register of this CPU, as PyTorch uses it: 16 with AVX-512; others are taken for AVX2."""
+    return 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
 
 
-def added(terms: list[Tensor]) -> Tensor:
-    """Unlike Python's `sum`, without adding them to 0, for which compiled code takes an instruction."""
+def _sums(fields: list[Tensor], columns: tuple[Tensor, ...]) -> Tensor:
+    """The `fields (B, C, L)` of words, each times its `columns (M, C)`, added up: `(M, B, L)`."""
+    return torch.stack([_added([f * c[m, :, None] for f, c in zip(fields, columns, strict=True)]).sum(1) for m in range(len(columns[0]))])
+
+
+def _added(terms: list[Tensor]) -> Tensor:
+    """The sum of `terms`. Python's `sum` would add them to 0, for which compiled code takes an instruction."""
     return reduce(add, terms)
-
-
-def _field_scales(n_columns: int, device: torch.device) -> Tensor:
-    """`(K',)`: what undoes the power of two of each column's field at 4 bits (`raw_fields`)."""
-    return torch.exp2(-4 * (torch.arange(n_columns, device=device) % 8).float())
 
 
 def kept(x: Tensor) -> Tensor:

@@ -99,29 +99,53 @@ def test_weights_survive_a_change_of_dtype(bits):
     assert torch.equal(other.matrix.transposed(), linear.matrix.transposed())
 
 
-@pytest.mark.parametrize("n_rows", [40, 64])
+@pytest.mark.parametrize("large", [1, 1 << 22])
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_any_registers_compute_the_same(capability, large, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(packed_module, "LARGE", large)
+    generator, in_turns = torch.Generator().manual_seed(0), []
+    for n_rows in (16, 40, 64):  # 1, 3 and 4 blocks
+        weight, x = torch.randn(n_rows, 64, generator=generator), torch.randn(2, 64, generator=generator)
+        matrix = packed(weight, 8)
+        torch.testing.assert_close(matrix.product(x), x @ rounded(weight, 8).T, rtol=1e-4, atol=1e-4)
+        in_turns.append([len(rows) for rows in matrix._in_turns()])
+    assert in_turns == {("AVX2", 1): [[2], [2], [2, 2]], ("AVX2", 1 << 22): [[2]] * 3}.get((capability, large), [[1]] * 3)
+
+
+def signed32(word):
+    return word - (1 << 32) if word >> 31 else word
+
+
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_machines_of_any_registers_compute_the_same(bits, n_rows, monkeypatch):
-    weight, x = torch.randn(n_rows, 64), torch.randn(2, 64)
-    matrix, together = packed(weight, bits), {8: [], 16: []}
-    for register in (8, 16):
-        monkeypatch.setattr(packed_module, "REGISTER", register)
-        for large in (1 << 22, 1):
-            monkeypatch.setattr(packed_module, "LARGE", large)
-            torch.testing.assert_close(matrix.product(x), x @ rounded(weight, bits).T, rtol=1e-4, atol=1e-4)
-            together[register].append(0 if bits == 4 else sum(map(len, matrix._at_once())))
-    n = 2 if bits == 8 else int(bits > 4)  # registers that the loop goes through at once; 40 rows are 3 blocks, which no two places share
-    assert together == {8: [n, n * 2 if bits == 8 and n_rows == 64 else n], 16: [min(n, 1)] * 2}
-
-
-def test_words_lie_as_in_the_checkpoints_that_there_are():
-    weight = torch.randn(32, 64)
-    of_8, of_16 = packed(weight, 8), packed(weight, 16)
-    assert of_8.words.shape == (2, 16, 16) and of_16.words.shape == (2, 64, 16)
-    for row, column in ((19, 5), (0, 15), (31, 0)):
-        first = int(of_8.words[row // 16, column, row % 16]) & 255  # the lowest field, 128 too high
-        assert first - 128 == round(float(weight[row, column] / of_8.scales[row]))
-        assert of_16.words[row // 16, column, row % 16] == weight[row, column].bfloat16()
+def test_a_state_dict_lies_as_in_the_checkpoints_that_there_are(bits):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(1 - (1 << (min(bits, 8) - 1)), 1 << (min(bits, 8) - 1), (32, 64), generator=generator)  # integers of so many bits
+    q[:, ::32], q[:, 1::32] = (-127, 127) if bits == 8 else (-8, 7)  # every scale, and the 4-bit offset, are exact
+    scale = 2.0 ** torch.randint(-3, 3, (32, 2), generator=generator)  # of each row's halves
+    scale = scale if bits == 4 else scale[:, :1].expand(32, 2)
+    weight = q * scale.repeat_interleave(32, dim=1)
+    stored = packed(weight, bits).state_dict()
+    words = torch.zeros(2, {4: 8, 8: 16, 16: 64}[bits], {4: 16, 8: 16, 16: 8}[bits], dtype=torch.int32)
+    pairs = weight.bfloat16().view(torch.int16).long() & 0xFFFF
+    for block, column, lane in torch.cartesian_prod(*map(torch.arange, words.shape)).tolist():
+        if bits == 16:  # two rows' numbers, the first one's below
+            first, second = (int(pairs[16 * block + 2 * lane + i, column]) for i in (0, 1))
+            word = first | second << 16
+        else:
+            half, per = 1 << (bits - 1), 32 // bits
+            of_row = [int(q[16 * block + lane, (8 * column + j) if bits == 4 else (16 * j + column)]) for j in range(per)]
+            word = sum((value + half if j < per - 1 else value & (2 * half - 1)) << (bits * j) for j, value in enumerate(of_row))
+        words[block, column, lane] = signed32(word)
+    assert torch.equal(stored["words"], words)
+    if bits == 8:
+        assert torch.equal(stored["scales"], scale[:, 0].float())
+    if bits == 4:  # offsets, then scales: of 16 rows a group
+        low_scale = torch.stack([-8 * scale, scale]).view(2, 2, 16, 2).transpose(2, 3).bfloat16().contiguous()
+        assert torch.equal(stored["scales"].view(torch.bfloat16), low_scale)
+    again = PackedMatrix(32, 64, bits)
+    again.load_state_dict(stored)
+    assert torch.equal(again.transposed().T, weight)
 
 
 def test_precision_by_part():

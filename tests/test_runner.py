@@ -280,12 +280,13 @@ def test_compiled_and_quantized_it_computes_the_same(monkeypatch, tmp_path):
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(generator=torch.Generator().manual_seed(2))
-    model = quantize(model, "slow=int8-dynamic,fast=int8,head=int8", tok)
+    monkeypatch.setattr("dualbranch.packed.LARGE", 1)  # every 8-bit matrix of two blocks
+    model = quantize(model, "slow=int8-dynamic,fast=int4,head=bf16", tok)
     routes = {"slow": {}, "fast": {}, "auto": {"budget": 0.5}}
     expected = {route: decode(model, tokens, 5, route, **how)[0] for route, how in routes.items()}
-    names, n = [], 16 + 2 * has_bf16_units(model.device)
+    names, n = [], 18 + 4 * has_bf16_units(model.device)
     build(model, names.append)
-    # slow, fast, fast-sparse, embed, logits, keys, queries of both, rest of fast, choose, read, unpacking to each dtype, norms, between 8-bit products
+    # slow, fast, fast-sparse, embed, logits, keys, queries of both, rest of fast, choose, read, unpacking three widths to each dtype, norms, between 8-bit products
     assert len(names) == len(plain_steps(model)) == n
     build(model, names.append)
     assert len(names) == n, "what is built is built again"
