@@ -286,7 +286,7 @@ def test_compiled_and_quantized_it_computes_the_same(monkeypatch, tmp_path):
     expected = {route: decode(model, tokens, 5, route, **how)[0] for route, how in routes.items()}
     names, n = [], 18 + 4 * has_bf16_units(model.device)
     build(model, names.append)
-    # slow, fast, fast-sparse, embed, logits, keys, queries of both, rest of fast, choose, read, unpacking three widths to each dtype, norms, between 8-bit products
+    # slow, fast, fast-sparse, embed, logits, keys, queries of both, rest of fast, choose, read, unpacking 3 widths to each dtype, norms, between bytes
     assert len(names) == len(plain_steps(model)) == n
     build(model, names.append)
     assert len(names) == n, "what is built is built again"
