@@ -173,7 +173,7 @@ def compile_step(step: torch.nn.Module, args: tuple, dynamic: tuple, path: Path,
         flags = " ".join(_accepted_flags(os.environ.get("CXX") or "g++"))  # PyTorch takes them nowhere but in the value of one that it passes on
         options = COMPILE_OPTIONS | {"cpp.enable_floating_point_contract_flag": f"fast {flags}"}
         if isinstance(step, runner.BlockStep):
-            options = options | (IN_ONE_PIECE if step.chooses else ON_THE_STACK)
+            options = options | (IN_ONE_PIECE if step.calls_topk else ON_THE_STACK)
         elif isinstance(step, sparse_prompt.Choose | sparse_prompt.Read):
             options = options | IN_ONE_PIECE | NOT_WRITTEN_OUT
         try:

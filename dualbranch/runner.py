@@ -24,6 +24,7 @@ from dualbranch.cache import KVCache
 from dualbranch.packed import FEW, Normed, PackedLinear, PackedMatrix, ProductNorm, kept, logits_of, transposed
 from dualbranch.prompt import ModuleStep, PromptBlock
 from dualbranch.routing import Angles, Decide, Partition, goes_slow
+from dualbranch.sparse_prompt import MOST_BLOCKS, best, ranges
 from kernels import SparseSpec, has_bf16_units
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class NewestToken:
             return read(q, *(x[0, :, : self.n_keys].unflatten(1, (pieces, -1)) for x in (k, v)), seen.view(1, pieces, -1))
         blocks, seen = sparse_blocks(q, pooled[:, : self.n_keys // together], self.position, reads)
         head = torch.arange(k.shape[1], device=k.device)[:, None]
-        return read(q, *(kept(x[0].unflatten(1, (-1, together))[head, blocks]) for x in (k, v)), seen)
+        return read(q, *(x[0].unflatten(1, (-1, together))[head, blocks] for x in (k, v)), seen)
 
 
 def read(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
@@ -92,32 +93,34 @@ def linear_as_sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def sparse_blocks(q: Tensor, pooled: Tensor, position: Tensor, spec: SparseSpec) -> tuple[Tensor, Tensor]:
-    """Which keys the query at `position (1,)`, at least dense_len, reads: `blocks (Hk, P)` int64 that hold them, and which of their keys count, `seen
-    (Hk, P, block_size)`. No key counts twice. The rule is `kernels.reference`'s (but equal scores may choose either block)."""
-    size, device, n_groups = spec.block_size, q.device, q.shape[0]
-    before_window = position - spec.window  # the last key before it
-    newest, within = position // size, torch.arange(size, device=device)
-    sinks = torch.arange(-(-spec.n_sinks // size), device=device)
-    window = newest - torch.arange((spec.window + size - 2) // size + 1, device=device)
-    sink_tokens, window_tokens = (blocks[:, None] * size + within for blocks in (sinks, window))
-    blocks = torch.cat([torch.minimum(sinks, newest), window.clamp(min=0)]).expand(n_groups, -1)  # where there is none, any: nothing there is seen
-    seen = torch.cat(
-        [
-            (sink_tokens < spec.n_sinks) & (sink_tokens <= before_window),
-            (window_tokens > before_window) & (window_tokens <= position) & (window_tokens >= 0),
-        ]
-    ).expand(n_groups, -1, -1)
-    if spec.n_selected_blocks == 0:
-        return blocks, seen
-    start = torch.arange(pooled.shape[1], device=device) * size
-    end = start + size
-    selectable = (end <= position + 1) & (start <= before_window) & (end > spec.n_sinks)
-    scores = (kept(q.sum(1))[:, None] * pooled[0].transpose(0, 1)).sum(-1).masked_fill(~selectable, float("-inf"))  # (Hk, N)
-    best, chosen = F.pad(scores, (0, spec.n_selected_blocks), value=float("-inf")).topk(spec.n_selected_blocks, dim=-1)
-    exists = best > float("-inf")
-    tokens = chosen[..., None] * size + within
-    far = exists[..., None] & (tokens >= spec.n_sinks) & (tokens <= before_window)
-    return torch.cat([blocks, torch.where(exists, chosen, 0)], 1), torch.cat([seen, far], 1)
+    """Which keys the query `q (Hk, G, D)` at `position (1,)`, at least dense_len, reads: `blocks (Hk, P)` int64 that hold them, and which of their keys
+    count, `seen (Hk, P, block_size)`. No key counts twice. The rule is `kernels.reference`'s (but `topk` may choose either of two equal blocks)."""
+    ids = chosen_blocks(q, pooled, position, spec)
+    blocks, first, end = ranges(ids, position.expand(len(ids)), spec)
+    within = torch.arange(spec.block_size, device=q.device).float()
+    return blocks, (within >= first[..., None]) & (within < end[..., None])
+
+
+def chosen_blocks(q: Tensor, pooled: Tensor, position: Tensor, spec: SparseSpec) -> Tensor:
+    """The `(Hk, M)` int64 blocks with the best scores, of mean keys `pooled (1, N, Hk, D)`; -1 where there is no further one."""
+    n, device = spec.n_selected_blocks, q.device
+    if n == 0:
+        return torch.empty(len(q), 0, dtype=torch.int64, device=device)
+    number = torch.arange(pooled.shape[1], device=device).float()
+    end = (number + 1) * spec.block_size
+    last_end = torch.minimum(position - spec.window + spec.block_size, position + 1).float()  # a block that may be chosen ends there or before
+    scores = kept((kept(q.sum(1))[:, None] * pooled[0].transpose(0, 1)).sum(-1))  # (Hk, N)
+    scores = kept(torch.where((end <= last_end) & (end > spec.n_sinks), scores, float("-inf")))
+    if calls_topk(spec):
+        found, chosen = F.pad(scores, (0, n), value=float("-inf")).topk(n, dim=-1)
+    else:
+        found, chosen = best(scores, number, n, ahead=1)
+    return torch.where(found > float("-inf"), chosen, -1).long()
+
+
+def calls_topk(spec: SparseSpec) -> bool:
+    """Whether so many blocks are chosen that a step leaves that to PyTorch's `topk`, a call that keeps all that is in between off the stack."""
+    return spec.n_selected_blocks > MOST_BLOCKS
 
 
 class BlockStep(nn.Module):
@@ -125,15 +128,14 @@ class BlockStep(nn.Module):
 
     Called with the layer's `weights` by name, `x (1, E)`, `cos, sin`, the layer's cache `k, v (1, Hk, C, D)` and mean keys `pooled (1, N, Hk, D)`,
     `blocks (n,)` whose length alone matters, that of the selection blocks begun, and `position (1,)` int64. Writes key, value, the mean key of
-    the selection block the token belongs to (meaningful once that is complete), and over `x` what the layer makes of it. `chooses`: whether it asks for
-    the best blocks.
+    the selection block the token belongs to (meaningful once that is complete), and over `x` what the layer makes of it. `calls_topk`: as the function.
     """
 
     def __init__(self, block: Block, slow: bool, sparse: bool, block_size: int) -> None:
         super().__init__()
         self.how = (block,)  # in a tuple it is no submodule: its weights are not this module's
         self.slow, self.sparse, self.block_size = slow, sparse, block_size
-        self.chooses = sparse and (block.slow if slow else block.fast).reads.n_selected_blocks > 0
+        self.calls_topk = sparse and calls_topk((block.slow if slow else block.fast).reads)
 
     def weights_of(self, block: Block) -> dict[str, Tensor]:
         """The tensors of `block` that this step needs."""

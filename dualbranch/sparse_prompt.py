@@ -35,17 +35,17 @@ MOST_BLOCKS = 32
 NONE = float(1 << 24)
 
 
-def best(scores: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n best of `scores (t, N, TILE)` along N, a multiple of AHEAD, and of equal ones those of the lowest `ids` (like scores, distinct, fp32): both
-    `(t, n, TILE)`. Where fewer than n are above -inf, the scores left over are -inf.
+def best(scores: Tensor, ids: Tensor, n: int, ahead: int = AHEAD) -> tuple[Tensor, Tensor]:
+    """The n best of `scores (t, N, ...)` along N, a multiple of `ahead`, and of equal ones those of the lowest `ids` (like scores, distinct, fp32): both
+    `(t, n, ...)`. Where fewer than n are above -inf, the scores left over are -inf.
 
     One after the other: n passes in which nothing is moved take less time than a sort, and compile."""
 
     def largest(x: Tensor) -> Tensor:
-        return reduce(torch.maximum, x.unflatten(1, (-1, AHEAD)).unbind(2)).amax(1)
+        return reduce(torch.maximum, x.unflatten(1, (-1, ahead)).unbind(2)).amax(1)
 
     def lowest_id(where: Tensor) -> Tensor:
-        return reduce(torch.minimum, torch.where(where, ids, NONE).unflatten(1, (-1, AHEAD)).unbind(2)).amin(1)
+        return reduce(torch.minimum, torch.where(where, ids, NONE).unflatten(1, (-1, ahead)).unbind(2)).amin(1)
 
     score = largest(scores)
     found = [(score, lowest_id(scores == score[:, None]))]
@@ -105,7 +105,7 @@ class Read(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, at: Tensor) -> Tensor:
         _, G, D = q.shape
         size, device = self.spec.block_size, q.device
-        blocks, first, end = (kept(x.contiguous()) for x in self.ranges(ids, at))
+        blocks, first, end = ranges(ids, at, self.spec)
         within = torch.arange(size, device=device).float()
         seen = (within >= first[..., None]) & (within < end[..., None])  # (n, P, block_size)
         dims, keys = math.gcd(AHEAD, D), math.gcd(AHEAD, size)  # that are summed at once: sums in a row wait for each other
@@ -121,19 +121,22 @@ class Read(nn.Module):
             out.append(sum(a[..., None] * b for a, b in zip(parts, of_v, strict=True)).sum((1, 2)) / w.sum((1, 2))[:, None])
         return torch.stack(out, 1).to(q.dtype)
 
-    def ranges(self, ids: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The P blocks that each query reads, and which of their keys: `blocks (n, P)` int64, and from the `first` to before the `end` of their keys, both
-        `(n, P)` fp32. Of a block that does not exist, none."""
-        spec, size, n = self.spec, self.spec.block_size, ids.shape[0]
-        at, newest = at[:, None], at[:, None] // size
-        window_start = at - spec.window + 1
-        sinks = torch.arange(-(-spec.n_sinks // size), device=ids.device).expand(n, -1)
-        window = newest - torch.arange((spec.window + size - 2) // size + 1, device=ids.device)
-        blocks = torch.cat([sinks, window, ids], 1)
-        none, of_sinks = torch.zeros_like(ids), torch.full_like(sinks, spec.n_sinks)
-        first = torch.cat([torch.zeros_like(sinks), window_start.expand_as(window), none + spec.n_sinks], 1) - blocks * size
-        end = torch.cat([torch.minimum(of_sinks, window_start), (at + 1).expand_as(window), window_start.expand_as(ids)], 1) - blocks * size
-        return blocks.clamp(min=0).minimum(newest), first.float(), torch.where(blocks < 0, 0, end).float()
+
+def ranges(ids: Tensor, at: Tensor, spec: SparseSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """The P blocks that each sparse query at `at (n,)` int64 reads who chose the blocks `ids (n, M)` int64, -1 for none, and which of their keys: `blocks
+    (n, P)` int64, and from the `first` to before the `end` of their keys, both `(n, P)` fp32. No key is in two of them; of a block that does not exist, none
+    is."""
+    size, n = spec.block_size, ids.shape[0]
+    at, newest = at[:, None], at[:, None] // size
+    window_start = at - spec.window + 1
+    sinks = torch.arange(-(-spec.n_sinks // size), device=ids.device).expand(n, -1)
+    window = newest - torch.arange((spec.window + size - 2) // size + 1, device=ids.device)
+    blocks = torch.cat([sinks, window, ids], 1)
+    none, of_sinks = torch.zeros_like(ids), torch.full_like(sinks, spec.n_sinks)
+    first = torch.cat([torch.zeros_like(sinks), window_start.expand_as(window), none + spec.n_sinks], 1) - blocks * size
+    end = torch.cat([torch.minimum(of_sinks, window_start), (at + 1).expand_as(window), window_start.expand_as(ids)], 1) - blocks * size
+    blocks, first, end = blocks.clamp(min=0).minimum(newest), first.float(), torch.where(blocks < 0, 0, end).float()
+    return kept(blocks.contiguous()), kept(first.contiguous()), kept(end.contiguous())
 
 
 def serves(spec: SparseSpec | None) -> bool:
