@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 #: Into how many pieces the keys of a dense step are cut, at most: for cores to share, and long, so that the C++ compiler fetches ahead in loops over them.
 PIECES = 8
+#: For up to so many query heads that share keys, a loop sums two halves of the values' columns in a turn: more sums would not fit a CPU's 16 registers.
+FEW_HEADS = 3
 #: More keys than any model reads densely by rule.
 MANY = 1 << 62
 
@@ -75,14 +77,16 @@ def read(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     turn, they take twice as long to come from memory). Products of matrices with as few rows as G take twice as long, scaled_dot_product_attention three
     times.
     Cores share the pieces: pieces come first, and scores are stored piece by piece before they are masked, or all keys become one loop, in which nothing
-    is fetched ahead. Values are divided by the sum of their weights last, so that the exponentials are a loop for all cores.
+    is fetched ahead. Values are divided by the sum of their weights last, so that the exponentials are a loop for all cores; halves of their columns are
+    summed side by side, so that whole lines are read.
     """
     q = kept(q.float() * q.shape[-1] ** -0.5)
     k, v = (x.transpose(0, 1) for x in (k.float(), v.float().masked_fill(~seen[..., None], 0.0)))  # (P, Hk, J, D)
     scores = kept(torch.stack([(q_g[:, None] * k).sum(-1) for q_g in q.unbind(1)], 1))  # (P, G, Hk, J)
     scores = scores.masked_fill(~seen.transpose(0, 1)[:, None], float("-inf"))
     e = kept((scores - scores.amax((0, 3), keepdim=True)).exp())
-    parts = kept(torch.stack([(w[..., None] * v).sum(2) for w in e.unbind(1)], 1))  # (P, G, Hk, D)
+    columns = v.unflatten(-1, (2 if q.shape[1] <= FEW_HEADS else 1, -1)).unbind(-2)
+    parts = kept(torch.stack([torch.stack([(w[..., None] * x).sum(2) for x in columns], 2).flatten(2) for w in e.unbind(1)], 1))  # (P, G, Hk, D)
     return (parts.sum(0) / e.sum((0, 3))[..., None]).transpose(0, 1).flatten(0, 1)[None]
 
 
