@@ -42,7 +42,7 @@ LAYERS = 16  # that a decode step goes through: more than the CPU's caches hold
 
 
 def make(T: int, n_keys: int, args: argparse.Namespace, data: str = "random") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q of the last T of n_keys positions, k, v; module docstring says of what kind."""
+    """q of the last T of n_keys positions, k, v, whose tokens lie side by side for each head, as in the model's cache; module docstring says of what kind."""
     H, Hk, D = args.n_heads, args.n_kv_heads, args.head_dim
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, heads, D, generator=g) for n, heads in ((T, H), (n_keys, Hk), (n_keys, Hk)))
@@ -51,7 +51,8 @@ def make(T: int, n_keys: int, args: argparse.Namespace, data: str = "random") ->
         is_heavy = (torch.rand(1, -(-n_keys // 16), Hk, 1, generator=g) < 1 / 64).repeat_interleave(16, 1)[:, :n_keys]
         k = 0.5 * k + walk(n_keys, Hk, D, g) + is_heavy * u
         q = 0.5 * q + (walk(n_keys, Hk, D, g)[:, n_keys - T :] + u).repeat_interleave(H // Hk, 2)
-    return tuple(x.to(args.device, args.dtype) for x in (q, k, v))
+    q, k, v = (x.to(args.device, args.dtype) for x in (q, k, v))
+    return q, *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
 
 
 def walk(n: int, n_heads: int, head_dim: int, g: torch.Generator, tokens: float = 64.0) -> torch.Tensor:

@@ -164,23 +164,32 @@ class SparsePrompt:
         """Attention of `q (N, H, D)` over `k, v (1, S, Hk, D)` with mean keys `pooled (1, n, Hk, D)` of complete blocks (None: made here): `(N, H, D)`, in
         q's dtype."""
         dtype, q = q.dtype, q.to(self.dtype)
-        n_keys, n_heads, size, D = plan.max_pos + 1, k.shape[2], self.spec.block_size, k.shape[3]
-        k, v, out = k[:, :n_keys], v[:, :n_keys], torch.empty_like(q)
+        n_keys, n_heads, size = plan.max_pos + 1, k.shape[2], self.spec.block_size
+        k, v = k[:, :n_keys], v[:, :n_keys]
+        if pooled is None:  # a head at a time: they are means of copies in fp32
+            pooled = torch.cat([pool_keys(x, size) for x in k.split(1, 2)], 2)
         n_dense, of_dense = plan.cached(("dense queries", self.spec), lambda: _dense_part(plan, self.spec.dense_len))
-        if n_dense:
+        dense = q[:0]
+        if n_dense:  # before there is room for all: it takes some
             of_keys = slice(of_dense.n_keys)
-            out[:n_dense] = dense_attention(q[None, :n_dense], k[:, of_keys].to(self.dtype), v[:, of_keys].to(self.dtype), of_dense)[0]
-        at = plan.q_pos[0, n_dense:]
-        of_q, of_out = (x[n_dense:].unflatten(1, (n_heads, -1)) for x in (q, out))
-        for head in range(n_heads):
-            mean_keys = pool_keys(k[:, :, head : head + 1], size)[0, :, 0] if pooled is None else pooled[0, : n_keys // size, head]
-            mean_keys = _whole(mean_keys, BLOCKS).contiguous().view(-1, GROUP, D)
-            keys, values = (_whole(x[0, :, head], size).to(self.dtype).unflatten(0, (-1, size)) for x in (k, v))
-            keys, values = keys.transpose(1, 2).contiguous(), values.contiguous()
-            for start in range(0, len(at), AT_ONCE):
-                part = slice(start, start + AT_ONCE)
-                of_out[part, head] = self._part(of_q[part, head], keys, values, mean_keys, at[part])
+            dense = dense_attention(q[None, :n_dense], k[:, of_keys].to(self.dtype), v[:, of_keys].to(self.dtype), of_dense)[0]
+        out = torch.empty_like(q)
+        out[:n_dense] = dense
+        del dense
+        at, of_q, of_out = plan.q_pos[0, n_dense:], q[n_dense:].unflatten(1, (n_heads, -1)), out[n_dense:].unflatten(1, (n_heads, -1))
+        for i in range(n_heads):
+            self._head(of_out[:, i], of_q[:, i], k[0, :, i], v[0, :, i], pooled[0, : n_keys // size, i], at)
         return out.to(dtype)
+
+    def _head(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, pooled: Tensor, at: Tensor) -> None:
+        """Writes the attention of sparse queries `q (n, G, D)` over one head's `k, v (S, D)` to `out`."""
+        size = self.spec.block_size
+        keys, values = (_whole(x, size).to(self.dtype).unflatten(0, (-1, size)) for x in (k, v))
+        keys, values = keys.transpose(1, 2).contiguous(), values.contiguous()
+        pooled = _whole(pooled, BLOCKS).contiguous().view(-1, GROUP, pooled.shape[1])
+        for start in range(0, len(at), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            out[part] = self._part(q[part], keys, values, pooled, at[part])
 
     def _part(self, q: Tensor, k: Tensor, v: Tensor, pooled: Tensor, at: Tensor) -> Tensor:
         """Some queries of one KV head, as `Read` takes them, but any number."""
