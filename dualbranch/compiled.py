@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: For steps that return nothing and choose no blocks: what they need in between lies on the stack, which saves a fifth of the time of a small layer.
+#: For steps that return nothing and call nothing: what they need in between lies on the stack, which saves a fifth of the time of a small layer.
 #: (What a step returned would lie there too, and be overwritten by the next call: PyTorch 2.13 leaves that to the caller.)
 ON_THE_STACK = {"aot_inductor.allow_stack_allocation": True}
-#: For steps that choose blocks (topk is a call of PyTorch, for which nothing may lie on the stack) or return something: one allocation instead of 44.
+#: For steps that call PyTorch's topk, for which nothing may lie on the stack, or return something: one allocation instead of 44.
 IN_ONE_PIECE = {"memory_planning": True}
 #: Besides, for steps of sparse prompts: the compiler writes short sums and maxima out, and where each of many passes needs the last, that doubles in each.
 NOT_WRITTEN_OUT = {"unroll_reductions_threshold": 1}

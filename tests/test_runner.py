@@ -18,8 +18,8 @@ from dualbranch.model import DualBranchModel
 from dualbranch.packed import FEW, Normed, product_dtype
 from dualbranch.precision import quantize
 from dualbranch.prompt import ModuleStep, modules_of, run_step
-from dualbranch.runner import Runner, plain_steps, read, sparse_blocks
-from dualbranch.sparse_prompt import SparsePrompt
+from dualbranch.runner import Runner, calls_topk, plain_steps, read, sparse_blocks
+from dualbranch.sparse_prompt import MOST_BLOCKS, SparsePrompt
 from kernels import AttentionPlan, SparseSpec, has_bf16_units
 from kernels.reference import pool_keys, select_blocks, sparse_mask
 
@@ -199,11 +199,16 @@ def test_more_sinks_than_cached_tokens_are_clamped():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 9), st.integers(0, 5), st.integers(1, 25), st.integers(0, 20), st.integers(0, 99), st.integers(0, 2**31))
-def test_the_blocks_read_hold_each_key_of_the_rule_once(block_size, n_selected, window, n_sinks, position, seed):
+@given(
+    st.integers(1, 9), st.sampled_from([0, 1, 2, 3, 5, MOST_BLOCKS, MOST_BLOCKS + 1]), st.integers(1, 25), st.integers(0, 20), st.integers(0, 99),
+    st.booleans(), st.integers(0, 2**31),
+)  # fmt: skip
+def test_the_blocks_read_hold_each_key_of_the_rule_once(block_size, n_selected, window, n_sinks, position, tied, seed):
     spec = SparseSpec(block_size, n_selected, window, n_sinks, dense_len=0)
     room = (position // block_size + 1) * block_size
     q, k = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)), torch.randn(1, room, 2, 8, generator=torch.Generator().manual_seed(seed + 1))
+    if tied and not calls_topk(spec):  # many scores are equal, and exactly so
+        q, k = q.round(), k[:, ::block_size].round().clamp(-1, 1).repeat_interleave(block_size, 1)
     pooled, plan = pool_keys(k, block_size), AttentionPlan(torch.tensor([[position]]), room)
     blocks, seen = sparse_blocks(q.view(2, 2, 8), pooled, torch.tensor([position]), spec)
     assert int(blocks.min()) >= 0 and int(blocks.max()) < room // block_size
@@ -239,9 +244,12 @@ def test_plain_steps_of_norms_leave_the_model_movable(monkeypatch):
 
 
 @pytest.mark.skipif(unavailable(make_tiny_model(400)) is not None, reason="no C++ compiler")
-def test_steps_that_choose_blocks_take_one_allocation_and_the_others_the_stack(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("n_blocks", "in_one_piece"), [(2, {"choose", "read"}), (MOST_BLOCKS + 1, {"fast-sparse"})])
+def test_steps_that_return_or_call_take_one_allocation_and_the_others_the_stack(monkeypatch, tmp_path, n_blocks, in_one_piece):
     monkeypatch.setenv("DUALBRANCH_CACHE", str(tmp_path))
-    model, options = make_tiny_model(400, **DIALECTS["sliding layers"] | {"sliding_layers": (1,)}), {}
+    dialect, options = DIALECTS["sliding layers"], {}
+    rule = dataclasses.replace(make_tiny_model(400, **dialect).config.sparse, n_selected_blocks=n_blocks)
+    model = make_tiny_model(400, **dialect | {"sliding_layers": (1,), "sparse": rule})
 
     def note(program, package_path, inductor_configs):
         options[Path(package_path).stem] = inductor_configs
@@ -249,7 +257,6 @@ def test_steps_that_choose_blocks_take_one_allocation_and_the_others_the_stack(m
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", note)
     build(model, n_at_once=1)
-    in_one_piece = {"fast-sparse", "choose", "read"}
     assert {name for name, how in options.items() if "memory_planning" in how} == in_one_piece
     assert {name for name, how in options.items() if "aot_inductor.allow_stack_allocation" in how} == set(options) - in_one_piece - {"embed", "logits"}
     assert "sliding-fast-sparse" in options
@@ -397,6 +404,20 @@ def test_compiled_in_fp32_it_computes_the_same(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled, "build", lambda *_: builds.append(1) or folder.exists() or shutil.copytree(tmp_path / "sound", folder))
     monkeypatch.setattr(compiled, "unavailable", lambda *_: None)
     assert model.compile_decode(build=True) and len(builds) == 2, "and built anew where that was asked for"
+
+
+@pytest.mark.skipif(unavailable(make_tiny_model(400)) is not None, reason="no C++ compiler")
+def test_a_step_that_calls_topk_computes_the_same_compiled(monkeypatch, tmp_path):
+    monkeypatch.setattr("dualbranch.runner.MOST_BLOCKS", 0)
+    model, tokens = make_tiny_model(400), torch.randint(10, 400, (1, 90), generator=torch.Generator().manual_seed(1))
+    steps, name = plain_steps(model), "fast-sparse"
+    assert steps[name].calls_topk and not steps["fast"].calls_topk
+    compile_step(steps[name], *compiled.example(model, steps[name]), tmp_path / "step.pt2", torch.get_num_threads())
+    logits = []
+    for step in (steps[name], compiled.opened(tmp_path / "step.pt2")):
+        model.runner = Runner(model, steps | {name: step})
+        logits.append(torch.stack([result.logits for result in decode(model, tokens, 5, "fast")[0]]))
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(unavailable(make_tiny_model(400)) is not None, reason="no C++ compiler")
