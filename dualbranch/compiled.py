@@ -253,7 +253,9 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
     pooled = torch.zeros(1, 130, c.n_kv_heads, c.head_dim)
     n_blocks, begun, room = (Dim(name, min=2, max=1 << 24) for name in ("n_blocks", "begun", "room"))
     capacity = c.sparse.block_size * room
-    args = (weights, x, *(t.clone() for t in (*cos_sin, k, v)), pooled, torch.zeros(70), torch.tensor([69 * c.sparse.block_size]))
+    at = 69 * c.sparse.block_size
+    blocks = torch.zeros(runner.n_given(at, c.sparse.block_size, step.sparse))
+    args = (weights, x, *(t.clone() for t in (*cos_sin, k, v)), pooled, blocks, torch.tensor([at]))
     return args, (dict.fromkeys(weights), None, None, None, {2: capacity}, {2: capacity}, {1: n_blocks}, {0: begun}, None)
 
 

@@ -24,7 +24,7 @@ from dualbranch.cache import KVCache
 from dualbranch.packed import FEW, Normed, PackedLinear, PackedMatrix, ProductNorm, kept, logits_of, transposed
 from dualbranch.prompt import ModuleStep, PromptBlock
 from dualbranch.routing import Angles, Decide, Partition, goes_slow
-from dualbranch.sparse_prompt import MOST_BLOCKS, best, ranges
+from dualbranch.sparse_prompt import GROUP, MOST_BLOCKS, NONE, best, ranges
 from kernels import SparseSpec, has_bf16_units
 
 if TYPE_CHECKING:
@@ -42,11 +42,11 @@ MANY = 1 << 62
 class NewestToken:
     """The newest token of the only row as a group of queries: the interface of `routing.TokenGroup`, in operators that compile to a few loops.
 
-    It stands at `position (1,)` among the first `n_keys` slots of the cache, whole blocks of `block_size`. `sparse`: whether it is beyond dense_len
-    where its branch reads by a rule.
+    It stands at `position (1,)`, among the first `n_blocks` blocks of `block_size` slots of the cache. `sparse`: whether it is beyond dense_len where its
+    branch reads by a rule; then n_blocks is rounded up to a multiple of GROUP, more maybe than there are.
     """
 
-    n_keys: int
+    n_blocks: int
     block_size: int
     position: Tensor
     cos: Tensor
@@ -61,10 +61,10 @@ class NewestToken:
         """Attention of `q (1, H, D)` over `k, v (1, Hk, C, D)`, of which slots up to `position` hold tokens: `(1, H, D)`."""
         q, together = q.view(k.shape[1], -1, q.shape[-1]), self.block_size  # (Hk, G, D)
         if not self.sparse:
-            seen = torch.arange(self.n_keys, device=q.device) <= self.position
-            pieces = math.gcd(PIECES, together)
-            return read(q, *(x[0, :, : self.n_keys].unflatten(1, (pieces, -1)) for x in (k, v)), seen.view(1, pieces, -1))
-        blocks, seen = sparse_blocks(q, pooled[:, : self.n_keys // together], self.position, reads)
+            n_keys, pieces = self.n_blocks * together, math.gcd(PIECES, together)
+            seen = torch.arange(n_keys, device=q.device) <= self.position
+            return read(q, *(x[0, :, :n_keys].unflatten(1, (pieces, -1)) for x in (k, v)), seen.view(1, pieces, -1))
+        blocks, seen = sparse_blocks(q, pooled, self.n_blocks // GROUP, self.position, reads)
         head = torch.arange(k.shape[1], device=k.device)[:, None]
         return read(q, *(x[0].unflatten(1, (-1, together))[head, blocks] for x in (k, v)), seen)
 
@@ -96,30 +96,40 @@ def linear_as_sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return y if bias is None else y + bias
 
 
-def sparse_blocks(q: Tensor, pooled: Tensor, position: Tensor, spec: SparseSpec) -> tuple[Tensor, Tensor]:
+def sparse_blocks(q: Tensor, pooled: Tensor, n_groups: int, position: Tensor, spec: SparseSpec) -> tuple[Tensor, Tensor]:
     """Which keys the query `q (Hk, G, D)` at `position (1,)`, at least dense_len, reads: `blocks (Hk, P)` int64 that hold them, and which of their keys
-    count, `seen (Hk, P, block_size)`. No key counts twice. The rule is `kernels.reference`'s (but `topk` may choose either of two equal blocks)."""
-    ids = chosen_blocks(q, pooled, position, spec)
+    count, `seen (Hk, P, block_size)`. No key counts twice. The rule is `kernels.reference`'s (but `topk` may choose either of two equal blocks). `pooled,
+    n_groups`: as for `chosen_blocks`."""
+    ids = chosen_blocks(q, pooled, n_groups, position, spec)
     blocks, first, end = ranges(ids, position.expand(len(ids)), spec)
     within = torch.arange(spec.block_size, device=q.device).float()
     return blocks, (within >= first[..., None]) & (within < end[..., None])
 
 
-def chosen_blocks(q: Tensor, pooled: Tensor, position: Tensor, spec: SparseSpec) -> Tensor:
-    """The `(Hk, M)` int64 blocks with the best scores, of mean keys `pooled (1, N, Hk, D)`; -1 where there is no further one."""
-    n, device = spec.n_selected_blocks, q.device
-    if n == 0:
+def chosen_blocks(q: Tensor, pooled: Tensor, n_groups: int, position: Tensor, spec: SparseSpec) -> Tensor:
+    """The `(Hk, M)` int64 blocks with the best scores, of mean keys `pooled (1, N, Hk, D)`; -1 where there is no further one. All blocks that may be chosen
+    are among the first `n_groups * GROUP`, of which some may not exist.
+
+    As for prompts the best are among the GROUP of each of the best maxima, of blocks n_groups apart: both are found along whole registers."""
+    M, W, device, inf = spec.n_selected_blocks, n_groups, q.device, float("inf")
+    if M == 0:
         return torch.empty(len(q), 0, dtype=torch.int64, device=device)
-    number = torch.arange(pooled.shape[1], device=device).float()
-    end = (number + 1) * spec.block_size
+    block = torch.arange(GROUP * W, device=device)
+    end = (block.view(GROUP, W).float() + 1) * spec.block_size
     last_end = torch.minimum(position - spec.window + spec.block_size, position + 1).float()  # a block that may be chosen ends there or before
-    scores = kept((kept(q.sum(1))[:, None] * pooled[0].transpose(0, 1)).sum(-1))  # (Hk, N)
-    scores = kept(torch.where((end <= last_end) & (end > spec.n_sinks), scores, float("-inf")))
+    means = pooled[0][block.clamp(max=pooled.shape[1] - 1)].view(GROUP, W, *pooled.shape[2:]).permute(2, 0, 1, 3)
+    scores = (kept(q.sum(1))[:, None, None] * means).sum(-1)
+    scores = kept(torch.where((end <= last_end) & (end > spec.n_sinks), scores, -inf).contiguous())  # (Hk, GROUP, W)
     if calls_topk(spec):
-        found, chosen = F.pad(scores, (0, n), value=float("-inf")).topk(n, dim=-1)
-    else:
-        found, chosen = best(scores, number, n, ahead=1)
-    return torch.where(found > float("-inf"), chosen, -1).long()
+        found, chosen = F.pad(scores.flatten(1), (0, M), value=-inf).topk(M, dim=-1)
+        return torch.where(found > -inf, chosen, -1)
+    of_group = kept(scores.amax(1))
+    first = kept(torch.where(scores == of_group[:, None], block.view(GROUP, W).float(), NONE).amin(1))  # of equal blocks the lowest counts
+    found, first = best(of_group, first, M, ahead=1)
+    members = kept(torch.where(found > -inf, first, 0.0).long() % W)[..., None] + torch.arange(GROUP, device=device) * W  # (Hk, M, GROUP)
+    candidates = torch.where(found[..., None] > -inf, scores.flatten(1).gather(1, members.flatten(1)).unflatten(1, (M, GROUP)), -inf)
+    found, chosen = best(kept(candidates.flatten(1)), kept(members.flatten(1).float()), M, ahead=1)
+    return torch.where(found > -inf, chosen, -1.0).long()
 
 
 def calls_topk(spec: SparseSpec) -> bool:
@@ -131,7 +141,7 @@ class BlockStep(nn.Module):
     """One layer's work on the newest token, by one branch, with the weights it is given: `block` says only how.
 
     Called with the layer's `weights` by name, `x (1, E)`, `cos, sin`, the layer's cache `k, v (1, Hk, C, D)` and mean keys `pooled (1, N, Hk, D)`,
-    `blocks (n,)` whose length alone matters, that of the selection blocks begun, and `position (1,)` int64. Writes key, value, the mean key of
+    `blocks (n,)` whose length alone matters (`n_given`), and `position (1,)` int64. Writes key, value, the mean key of
     the selection block the token belongs to (meaningful once that is complete), and over `x` what the layer makes of it. `calls_topk`: as the function.
     """
 
@@ -149,7 +159,8 @@ class BlockStep(nn.Module):
     def forward(
         self, weights: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, pooled: Tensor, blocks: Tensor, position: Tensor
     ) -> None:
-        token = NewestToken(blocks.shape[0] * self.block_size, self.block_size, position, cos, sin, self.sparse)
+        n_blocks = blocks.shape[0] * (GROUP if self.sparse else 1)
+        token = NewestToken(n_blocks, self.block_size, position, cos, sin, self.sparse)
 
         def store(new_k: Tensor, new_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             for cached, new in ((k, new_k), (v, new_v)):
@@ -161,6 +172,12 @@ class BlockStep(nn.Module):
 
         partition = Partition(token if self.slow else None, None if self.slow else token, None, cos, sin)
         x.copy_(functional_call(self.how[0], weights, (x, partition, store)))
+
+
+def n_given(position: int, block_size: int, sparse: bool) -> int:
+    """How long `blocks` is, that a step is given for a token at `position`: of a dense step the selection blocks begun, of a sparse one their groups."""
+    begun = position // block_size + 1
+    return -(-begun // GROUP) if sparse else begun
 
 
 class _Head(nn.Module):
@@ -276,7 +293,8 @@ class Runner:
         """Of one `token (1,)`: the residual stream before the final norm `(1, 1, E)`, and `g` and `use_slow (1, 1)` as in `ModelOutput`."""
         model, c = self.model, self.model.config
         slot = cache.next_slot()
-        position, blocks = torch.tensor([slot]), self.scratch[0, : slot // c.sparse.block_size + 1, 0, 0]
+        position = torch.tensor([slot])
+        blocks = {sparse: self.scratch[0, : n_given(slot, c.sparse.block_size, sparse), 0, 0] for sparse in (False, True)}
         angles, sliding = (None if rope is None else rope(position, slot + 1) for rope in (model.rope, model.sliding_rope))
         x = self.embed(token)
         slow, g, use_slow = True, None, None
@@ -286,7 +304,8 @@ class Runner:
                 slow = goes_slow(route, use_slow)
             weights, dense, sparse, dense_len = layers[slow or i not in c.dual_layers]
             cos_sin = sliding if sliding is not None and i in c.sliding_layers else angles
-            step = sparse if slot >= dense_len else dense
-            step(weights, x, *cos_sin, *cache.heads[i], cache.pooled.get(i, self.scratch), blocks, position)
+            is_sparse = slot >= dense_len
+            step = sparse if is_sparse else dense
+            step(weights, x, *cos_sin, *cache.heads[i], cache.pooled.get(i, self.scratch), blocks[is_sparse], position)
         cache.fill_slots(1, slow)
         return x[None], g, use_slow

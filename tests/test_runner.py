@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_tiny_model, make_tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from dualbranch.model import DualBranchModel
 from dualbranch.packed import FEW, Normed, product_dtype
 from dualbranch.precision import quantize
 from dualbranch.prompt import ModuleStep, modules_of, run_step
-from dualbranch.runner import Runner, calls_topk, plain_steps, read, sparse_blocks
+from dualbranch.runner import Runner, calls_topk, n_given, plain_steps, read, sparse_blocks
 from dualbranch.sparse_prompt import MOST_BLOCKS, SparsePrompt
 from kernels import AttentionPlan, SparseSpec, has_bf16_units
 from kernels.reference import pool_keys, select_blocks, sparse_mask
@@ -210,7 +211,8 @@ def test_the_blocks_read_hold_each_key_of_the_rule_once(block_size, n_selected, 
     if tied and not calls_topk(spec):  # many scores are equal, and exactly so
         q, k = q.round(), k[:, ::block_size].round().clamp(-1, 1).repeat_interleave(block_size, 1)
     pooled, plan = pool_keys(k, block_size), AttentionPlan(torch.tensor([[position]]), room)
-    blocks, seen = sparse_blocks(q.view(2, 2, 8), pooled, torch.tensor([position]), spec)
+    n_groups = n_given(position, block_size, True)
+    blocks, seen = sparse_blocks(q.view(2, 2, 8), F.pad(pooled, (0, 0, 0, 0, 0, 1), value=float("nan")), n_groups, torch.tensor([position]), spec)
     assert int(blocks.min()) >= 0 and int(blocks.max()) < room // block_size
     times_read = torch.zeros(2, room, dtype=torch.int64)
     tokens = blocks[..., None] * block_size + torch.arange(block_size)
@@ -381,8 +383,8 @@ def test_compiled_in_fp32_it_computes_the_same(monkeypatch, tmp_path):
     compiler_with_log, log = tmp_path / "g++", tmp_path / "flags"
     compiler_with_log.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {os.environ.get("CXX") or "g++"} "$@"\n')
     compiler_with_log.chmod(0o755)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(compiler_with_log)))
-    build(model, n_at_once=1)
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(compiler_with_log))}):
+        build(model, n_at_once=1)
     asked = [set(line.split()) for line in log.read_text().splitlines() if "-c" in line.split()]
     expected_flags = {"-ffp-contract=fast", *" ".join(compiled._accepted_flags(str(compiler_with_log))).split()}
     assert asked and all(expected_flags <= flags for flags in asked), "PyTorch passes the C++ compiler's flags on"
