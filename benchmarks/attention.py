@@ -42,7 +42,7 @@ LAYERS = 16  # that a decode step goes through: more than the CPU's caches hold
 
 
 def make(T: int, n_keys: int, args: argparse.Namespace, data: str = "random") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q of the last T of n_keys positions, k, v, whose tokens lie side by side for each head, as in the model's cache; module docstring says of what kind."""
+    """q of the last T of n_keys positions, k and v; module docstring says of what kind. Of k and v each head's tokens lie together, as in the model's cache."""
     H, Hk, D = args.n_heads, args.n_kv_heads, args.head_dim
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, heads, D, generator=g) for n, heads in ((T, H), (n_keys, Hk), (n_keys, Hk)))

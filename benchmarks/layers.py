@@ -24,7 +24,7 @@ from dualbranch.measure import about, spread
 from dualbranch.memory import keep_freed_memory, move_to_huge_pages
 from dualbranch.model import DualBranchModel
 from dualbranch.precision import parse_precision, quantize
-from dualbranch.runner import BlockStep, n_given, plain_steps, sparse_blocks, step_name
+from dualbranch.runner import BlockStep, plain_steps, reach_of, sparse_blocks, step_name
 from kernels import SparseSpec
 
 SMOLLM2 = DualBranchConfig(
@@ -41,15 +41,16 @@ class Pass:
         self.name = step_name(model.blocks[c.n_stem], slow, n_cached + 1)
         self.x, self.position = torch.randn(1, c.d_model, generator=torch.Generator().manual_seed(0)), torch.tensor([n_cached])
         is_sparse, size = self.name.endswith("sparse"), c.sparse.block_size
-        rest = *model.rope(self.position, n_cached + 1), torch.zeros(n_given(n_cached, size, is_sparse)), self.position
+        reach = reach_of(n_cached, size, is_sparse)
+        rest = *model.rope(self.position, n_cached + 1), torch.zeros(reach), self.position
         self.layers = [
             (BlockStep(model.blocks[i], slow, False, 1).weights_of(model.blocks[i]), *rest[:2], *cache.heads[i], cache.pooled[i], *rest[2:])
             for i in c.dual_layers
         ]
         n_keys = n_cached + 1
         if is_sparse:  # means of blocks, in fp32, are read too
-            q, n_groups = torch.zeros(c.n_kv_heads, 1, c.head_dim), n_given(n_cached, size, True)
-            _, seen = sparse_blocks(q, cache.pooled[c.n_stem], n_groups, self.position, c.sparse)
+            q = torch.zeros(c.n_kv_heads, 1, c.head_dim)
+            _, seen = sparse_blocks(q, cache.pooled[c.n_stem], reach, self.position, c.sparse)
             n_keys = seen[0].numel() + n_keys // size
         weights = sum(t.numel() * t.element_size() for t in self.layers[0][0].values())
         self.bytes = weights + 2 * n_keys * c.n_kv_heads * c.head_dim * cache.k[0].element_size()

@@ -251,12 +251,12 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
     cos_sin = torch.zeros(2, 1, 1, c.rotary_dim or c.head_dim).unbind(0)
     k, v = torch.zeros(2, 1, c.n_kv_heads, 130 * c.sparse.block_size, c.head_dim, dtype=model.cache_dtype).unbind(0)
     pooled = torch.zeros(1, 130, c.n_kv_heads, c.head_dim)
-    n_blocks, begun, room = (Dim(name, min=2, max=1 << 24) for name in ("n_blocks", "begun", "room"))
+    n_blocks, in_reach, room = (Dim(name, min=2, max=1 << 24) for name in ("n_blocks", "in_reach", "room"))
     capacity = c.sparse.block_size * room
     at = 69 * c.sparse.block_size
-    blocks = torch.zeros(runner.n_given(at, c.sparse.block_size, step.sparse))
-    args = (weights, x, *(t.clone() for t in (*cos_sin, k, v)), pooled, blocks, torch.tensor([at]))
-    return args, (dict.fromkeys(weights), None, None, None, {2: capacity}, {2: capacity}, {1: n_blocks}, {0: begun}, None)
+    reach = torch.zeros(runner.reach_of(at, c.sparse.block_size, step.sparse))
+    args = (weights, x, *(t.clone() for t in (*cos_sin, k, v)), pooled, reach, torch.tensor([at]))
+    return args, (dict.fromkeys(weights), None, None, None, {2: capacity}, {2: capacity}, {1: n_blocks}, {0: in_reach}, None)
 
 
 def example_of_sparse(step: sparse_prompt.Choose | sparse_prompt.Read, n_groups: int, head_dim: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple]:

@@ -42,11 +42,11 @@ MANY = 1 << 62
 class NewestToken:
     """The newest token of the only row as a group of queries: the interface of `routing.TokenGroup`, in operators that compile to a few loops.
 
-    It stands at `position (1,)`, among the first `n_blocks` blocks of `block_size` slots of the cache. `sparse`: whether it is beyond dense_len where its
-    branch reads by a rule; then n_blocks is rounded up to a multiple of GROUP, more maybe than there are.
+    It stands at `position (1,)` of a cache whose blocks hold `block_size` slots. `sparse`: whether it is beyond dense_len where its branch reads by a rule.
+    `reach`: as `reach_of` says.
     """
 
-    n_blocks: int
+    reach: int
     block_size: int
     position: Tensor
     cos: Tensor
@@ -61,10 +61,10 @@ class NewestToken:
         """Attention of `q (1, H, D)` over `k, v (1, Hk, C, D)`, of which slots up to `position` hold tokens: `(1, H, D)`."""
         q, together = q.view(k.shape[1], -1, q.shape[-1]), self.block_size  # (Hk, G, D)
         if not self.sparse:
-            n_keys, pieces = self.n_blocks * together, math.gcd(PIECES, together)
+            n_keys, pieces = self.reach * together, math.gcd(PIECES, together)
             seen = torch.arange(n_keys, device=q.device) <= self.position
             return read(q, *(x[0, :, :n_keys].unflatten(1, (pieces, -1)) for x in (k, v)), seen.view(1, pieces, -1))
-        blocks, seen = sparse_blocks(q, pooled, self.n_blocks // GROUP, self.position, reads)
+        blocks, seen = sparse_blocks(q, pooled, self.reach, self.position, reads)
         head = torch.arange(k.shape[1], device=k.device)[:, None]
         return read(q, *(x[0].unflatten(1, (-1, together))[head, blocks] for x in (k, v)), seen)
 
@@ -77,8 +77,8 @@ def read(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     turn, they take twice as long to come from memory). Products of matrices with as few rows as G take twice as long, scaled_dot_product_attention three
     times.
     Cores share the pieces: pieces come first, and scores are stored piece by piece before they are masked, or all keys become one loop, in which nothing
-    is fetched ahead. Values are divided by the sum of their weights last, so that the exponentials are a loop for all cores; halves of their columns are
-    summed side by side, so that whole lines are read.
+    is fetched ahead. Values are divided by the sum of their weights last, so that the exponentials are a loop for all cores; up to FEW_HEADS query
+    heads sum halves of their columns side by side, so that whole lines are read.
     """
     q = kept(q.float() * q.shape[-1] ** -0.5)
     k, v = (x.transpose(0, 1) for x in (k.float(), v.float().masked_fill(~seen[..., None], 0.0)))  # (P, Hk, J, D)
@@ -96,22 +96,21 @@ def linear_as_sums(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return y if bias is None else y + bias
 
 
-def sparse_blocks(q: Tensor, pooled: Tensor, n_groups: int, position: Tensor, spec: SparseSpec) -> tuple[Tensor, Tensor]:
+def sparse_blocks(q: Tensor, pooled: Tensor, reach: int, position: Tensor, spec: SparseSpec) -> tuple[Tensor, Tensor]:
     """Which keys the query `q (Hk, G, D)` at `position (1,)`, at least dense_len, reads: `blocks (Hk, P)` int64 that hold them, and which of their keys
-    count, `seen (Hk, P, block_size)`. No key counts twice. The rule is `kernels.reference`'s (but `topk` may choose either of two equal blocks). `pooled,
-    n_groups`: as for `chosen_blocks`."""
-    ids = chosen_blocks(q, pooled, n_groups, position, spec)
+    count, `seen (Hk, P, block_size)`. No key counts twice. The rule is `kernels.reference`'s (but `topk` may choose either of two equal blocks)."""
+    ids = chosen_blocks(q, pooled, reach, position, spec)
     blocks, first, end = ranges(ids, position.expand(len(ids)), spec)
     within = torch.arange(spec.block_size, device=q.device).float()
     return blocks, (within >= first[..., None]) & (within < end[..., None])
 
 
-def chosen_blocks(q: Tensor, pooled: Tensor, n_groups: int, position: Tensor, spec: SparseSpec) -> Tensor:
-    """The `(Hk, M)` int64 blocks with the best scores, of mean keys `pooled (1, N, Hk, D)`; -1 where there is no further one. All blocks that may be chosen
-    are among the first `n_groups * GROUP`, of which some may not exist.
+def chosen_blocks(q: Tensor, pooled: Tensor, reach: int, position: Tensor, spec: SparseSpec) -> Tensor:
+    """The `(Hk, M)` int64 blocks, best first, whose mean keys `pooled (1, N, Hk, D)` suit the query `q (Hk, G, D)` best; -1 where there is no further one.
 
-    As for prompts the best are among the GROUP of each of the best maxima, of blocks n_groups apart: both are found along whole registers."""
-    M, W, device, inf = spec.n_selected_blocks, n_groups, q.device, float("inf")
+    As for prompts (`sparse_prompt.Choose`), the best blocks are among the best groups of GROUP. Here a group's blocks lie `reach` apart, so that maxima are
+    taken of whole registers."""
+    M, W, device, inf = spec.n_selected_blocks, reach, q.device, float("inf")
     if M == 0:
         return torch.empty(len(q), 0, dtype=torch.int64, device=device)
     block = torch.arange(GROUP * W, device=device)
@@ -141,8 +140,8 @@ class BlockStep(nn.Module):
     """One layer's work on the newest token, by one branch, with the weights it is given: `block` says only how.
 
     Called with the layer's `weights` by name, `x (1, E)`, `cos, sin`, the layer's cache `k, v (1, Hk, C, D)` and mean keys `pooled (1, N, Hk, D)`,
-    `blocks (n,)` whose length alone matters (`n_given`), and `position (1,)` int64. Writes key, value, the mean key of
-    the selection block the token belongs to (meaningful once that is complete), and over `x` what the layer makes of it. `calls_topk`: as the function.
+    `reach (n,)` whose length alone matters (`reach_of`), and `position (1,)` int64. Writes key, value, the mean key of the selection block the token belongs
+    to (meaningful once that is complete), and over `x` what the layer makes of it. `calls_topk`: as the function.
     """
 
     def __init__(self, block: Block, slow: bool, sparse: bool, block_size: int) -> None:
@@ -157,10 +156,9 @@ class BlockStep(nn.Module):
         return {name: t.detach() for name, t in (*block.named_parameters(), *block.named_buffers()) if not name.startswith(other)}
 
     def forward(
-        self, weights: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, pooled: Tensor, blocks: Tensor, position: Tensor
+        self, weights: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, pooled: Tensor, reach: Tensor, position: Tensor
     ) -> None:
-        n_blocks = blocks.shape[0] * (GROUP if self.sparse else 1)
-        token = NewestToken(n_blocks, self.block_size, position, cos, sin, self.sparse)
+        token = NewestToken(reach.shape[0], self.block_size, position, cos, sin, self.sparse)
 
         def store(new_k: Tensor, new_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             for cached, new in ((k, new_k), (v, new_v)):
@@ -174,8 +172,9 @@ class BlockStep(nn.Module):
         x.copy_(functional_call(self.how[0], weights, (x, partition, store)))
 
 
-def n_given(position: int, block_size: int, sparse: bool) -> int:
-    """How long `blocks` is, that a step is given for a token at `position`: of a dense step the selection blocks begun, of a sparse one their groups."""
+def reach_of(position: int, block_size: int, sparse: bool) -> int:
+    """How much of the cache a step for a token at `position` looks at: a dense one so many blocks, a sparse one so many times GROUP, some of which may not
+    exist."""
     begun = position // block_size + 1
     return -(-begun // GROUP) if sparse else begun
 
@@ -294,7 +293,7 @@ class Runner:
         model, c = self.model, self.model.config
         slot = cache.next_slot()
         position = torch.tensor([slot])
-        blocks = {sparse: self.scratch[0, : n_given(slot, c.sparse.block_size, sparse), 0, 0] for sparse in (False, True)}
+        reach = {sparse: self.scratch[0, : reach_of(slot, c.sparse.block_size, sparse), 0, 0] for sparse in (False, True)}
         angles, sliding = (None if rope is None else rope(position, slot + 1) for rope in (model.rope, model.sliding_rope))
         x = self.embed(token)
         slow, g, use_slow = True, None, None
@@ -306,6 +305,6 @@ class Runner:
             cos_sin = sliding if sliding is not None and i in c.sliding_layers else angles
             is_sparse = slot >= dense_len
             step = sparse if is_sparse else dense
-            step(weights, x, *cos_sin, *cache.heads[i], cache.pooled.get(i, self.scratch), blocks[is_sparse], position)
+            step(weights, x, *cos_sin, *cache.heads[i], cache.pooled.get(i, self.scratch), reach[is_sparse], position)
         cache.fill_slots(1, slow)
         return x[None], g, use_slow

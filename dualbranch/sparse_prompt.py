@@ -21,7 +21,7 @@ from kernels.blockwise.sparse import FEW_QUERIES
 
 #: Queries that choose blocks side by side.
 TILE = 16
-#: Neighbouring blocks that stand for one at first: the best blocks lie in the groups of the best maxima. A multiple of AHEAD.
+#: Blocks (of prompts neighbours) that stand for one at first: the best blocks lie in the groups of the best maxima. A multiple of AHEAD.
 GROUP = 8
 #: Maxima and minima are taken of so many numbers before they are compared with the best so far: comparisons in a row wait for each other.
 AHEAD = 4
@@ -29,7 +29,7 @@ AHEAD = 4
 AT_ONCE = 256
 #: Both steps take multiples of so many queries and blocks (two of each at least, for which the compiler makes one code).
 QUERIES, BLOCKS = 2 * TILE, 2 * AHEAD * GROUP
-#: Most blocks chosen: two passes are written out for each, and take the compiler two seconds.
+#: Most blocks chosen, of prompts and of single tokens: passes are written out for each, and take the compiler two seconds.
 MOST_BLOCKS = 32
 #: More than any block's number.
 NONE = float(1 << 24)

@@ -19,7 +19,7 @@ from dualbranch.model import DualBranchModel
 from dualbranch.packed import FEW, Normed, product_dtype
 from dualbranch.precision import quantize
 from dualbranch.prompt import ModuleStep, modules_of, run_step
-from dualbranch.runner import Runner, calls_topk, n_given, plain_steps, read, sparse_blocks
+from dualbranch.runner import Runner, calls_topk, plain_steps, reach_of, read, sparse_blocks
 from dualbranch.sparse_prompt import MOST_BLOCKS, SparsePrompt
 from kernels import AttentionPlan, SparseSpec, has_bf16_units
 from kernels.reference import pool_keys, select_blocks, sparse_mask
@@ -211,8 +211,8 @@ def test_the_blocks_read_hold_each_key_of_the_rule_once(block_size, n_selected, 
     if tied and not calls_topk(spec):  # many scores are equal, and exactly so
         q, k = q.round(), k[:, ::block_size].round().clamp(-1, 1).repeat_interleave(block_size, 1)
     pooled, plan = pool_keys(k, block_size), AttentionPlan(torch.tensor([[position]]), room)
-    n_groups = n_given(position, block_size, True)
-    blocks, seen = sparse_blocks(q.view(2, 2, 8), F.pad(pooled, (0, 0, 0, 0, 0, 1), value=float("nan")), n_groups, torch.tensor([position]), spec)
+    reach, room_for_one = reach_of(position, block_size, True), F.pad(pooled, (0, 0, 0, 0, 0, 1), value=float("nan"))
+    blocks, seen = sparse_blocks(q.view(2, 2, 8), room_for_one, reach, torch.tensor([position]), spec)
     assert int(blocks.min()) >= 0 and int(blocks.max()) < room // block_size
     times_read = torch.zeros(2, room, dtype=torch.int64)
     tokens = blocks[..., None] * block_size + torch.arange(block_size)
@@ -409,17 +409,27 @@ def test_compiled_in_fp32_it_computes_the_same(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(unavailable(make_tiny_model(400)) is not None, reason="no C++ compiler")
-def test_a_step_that_calls_topk_computes_the_same_compiled(monkeypatch, tmp_path):
-    monkeypatch.setattr("dualbranch.runner.MOST_BLOCKS", 0)
-    model, tokens = make_tiny_model(400), torch.randint(10, 400, (1, 90), generator=torch.Generator().manual_seed(1))
-    steps, name = plain_steps(model), "fast-sparse"
-    assert steps[name].calls_topk and not steps["fast"].calls_topk
-    compile_step(steps[name], *compiled.example(model, steps[name]), tmp_path / "step.pt2", torch.get_num_threads())
-    logits = []
-    for step in (steps[name], compiled.opened(tmp_path / "step.pt2")):
-        model.runner = Runner(model, steps | {name: step})
-        logits.append(torch.stack([result.logits for result in decode(model, tokens, 5, "fast")[0]]))
-    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("most_blocks", [0, MOST_BLOCKS])
+@torch.no_grad()
+def test_a_sparse_step_computes_the_same_compiled(monkeypatch, tmp_path, most_blocks):
+    monkeypatch.setattr("dualbranch.runner.MOST_BLOCKS", most_blocks)
+    model = make_tiny_model(400, max_seq_len=320, sparse=SparseSpec(block_size=1, n_selected_blocks=6, window=3, n_sinks=1, dense_len=4))
+    step, c = plain_steps(model)["fast-sparse"], model.config
+    assert step.calls_topk == (most_blocks == 0)
+    compile_step(step, *compiled.example(model, step), tmp_path / "step.pt2", torch.get_num_threads())
+    compiled_step, weights, generator = compiled.opened(tmp_path / "step.pt2"), step.weights_of(model.blocks[1]), torch.Generator().manual_seed(1)
+    for position in (5, 40, 131, 299):
+        x = torch.randn(1, c.d_model, generator=generator)
+        k, v = torch.randn(2, 1, c.n_kv_heads, 300, c.head_dim, generator=generator).unbind(0)
+        pooled = torch.randn(1, 300, c.n_kv_heads, c.head_dim, generator=generator)
+        if not step.calls_topk:
+            pooled = pooled[:, torch.arange(300) % 29]  # of equal blocks the first counts
+        pooled[:, position + 1 :] = float("nan")
+        rest = torch.zeros(reach_of(position, 1, True)), torch.tensor([position])
+        results = [x.clone(), x.clone()]
+        for run, result in zip((step, compiled_step), results, strict=True):
+            run(weights, result, *model.rope(rest[1], position + 1), k.clone(), v.clone(), pooled.clone(), *rest)
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(unavailable(make_tiny_model(400)) is not None, reason="no C++ compiler")
