@@ -1,8 +1,8 @@
 """Microseconds that a layer takes of one decoded token, compiled: python benchmarks/layers.py [--precision int8 int4 bf16 fp32] [--contexts 128 388 1000 8160]
 
-A model of SmolLM2-135M's layers with random weights, its fast branch as `configs/smollm2-135m.yaml` cuts it; compiled first, once per machine, about a
-minute per precision. Checked first: each compiled step gives what the same operators uncompiled give. Then the steps take turns within every repeat, each
-of them through all dual layers, after 48 MB of something else were read (a decoded token reads as much in other layers and the head), so that weights come
+A model of SmolLM2-135M's layers with random weights, its fast branch as `configs/smollm2-135m.yaml` cuts it; compiled first, once per machine, a minute or
+two per precision. Checked first: each compiled step gives what the same operators uncompiled give. Then the steps take turns within every repeat, each of
+them through all dual layers, after 48 MB of something else were read (a decoded token reads as much in other layers and the head), so that weights come
 from where they come from while decoding. `of bandwidth`: the time that reading the weights and keys takes at the speed at which this machine sums up
 128 MB, of the time measured.
 """
