@@ -440,7 +440,7 @@ def test_a_compiler_that_fails_is_a_value_error(monkeypatch, tmp_path):
         raise RuntimeError("C++ compile error\nno space left")
 
     monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fail)
-    with pytest.raises(ValueError, match=r"^(choose|slow) can't be compiled: C\+\+ compile error"):
+    with pytest.raises(ValueError, match=r"^(choose|fast-sparse) can't be compiled: C\+\+ compile error"):
         build(make_tiny_model(400))
 
 
