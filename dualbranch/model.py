@@ -170,10 +170,7 @@ class DualBranchModel(nn.Module):
             check_budget(budget)
         B, T = tokens.shape
         if self.runner is not None and logits_at is lengths is doc_start is None and self.runner.takes(tokens, route, cache):
-
-            def decide(gate: Callable[[], Tensor], at: slice = slice(None)) -> tuple[Tensor | None, Tensor | None]:
-                return self._decide(gate, route[:, at] if isinstance(route, Tensor) else route, budget, threshold, tokens[:, at].shape)
-
+            decide = partial(self._decide, route=route, budget=budget, threshold=threshold, shape=(B, T))
             return self.runner(tokens, route, decide, cache, last_only)
         if B == 1 and T > PROMPT_AT_ONCE and cache is not None and last_only and lengths is doc_start is None and not torch.is_grad_enabled():
             x, g, use_slow = self._in_parts(tokens, route, cache, budget, threshold)

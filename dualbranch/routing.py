@@ -16,8 +16,8 @@ from kernels import AttentionPlan, SparseSpec, dense_attention, sparse_attention
 
 #: cos and sin `(N, 1, R)` at each token's position, in the model's dtype.
 Angles = tuple[Tensor, Tensor]
-#: `decide(gate, at)` gives `g` and `use_slow` of a pass's tokens `at` (a slice; all of them without), from the gate's values `gate()` if it needs them.
-Decide = Callable[..., tuple[Tensor | None, Tensor | None]]
+#: `decide(gate)` gives `g` and `use_slow` of a pass's tokens, from the gate's values `gate()` if it needs them.
+Decide = Callable[[Callable[[], Tensor]], tuple[Tensor | None, Tensor | None]]
 
 
 @dataclass(frozen=True)

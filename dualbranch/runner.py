@@ -1,6 +1,6 @@
-"""The decode step of one row: what one block does to one new token, written so that it compiles to a single loop nest.
+"""The decode step: what one block does to one new token, written so that it compiles to a single loop nest.
 
-`Runner` does for a few new tokens of one row, one by one, what `DualBranchModel.forward` does for any tokens, and returns the same; `model.py` hands such
+`Runner` does for a few new tokens, one by one, what `DualBranchModel.forward` does for any tokens, and returns the same; `model.py` hands such
 passes over once `compile_decode` made one. Every layer of a kind runs the same code with its own weights, in place on the cache, however full that is.
 `plain_steps` are the pieces as modules; `compiled.py` turns them into machine code, once per machine.
 """
@@ -8,7 +8,7 @@ passes over once `compile_decode` made one. Every layer of a kind runs the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,9 +21,9 @@ from torch.func import functional_call
 from dualbranch import dynamic, prompt
 from dualbranch.block import Block
 from dualbranch.cache import KVCache
-from dualbranch.packed import FEW, Normed, PackedLinear, PackedMatrix, ProductNorm, kept, logits_of, transposed
+from dualbranch.packed import Normed, PackedLinear, PackedMatrix, ProductNorm, kept, logits_of, transposed
 from dualbranch.prompt import ModuleStep, PromptBlock
-from dualbranch.routing import Angles, Decide, Partition, goes_slow
+from dualbranch.routing import Angles, Decide, Partition
 from dualbranch.sparse_prompt import GROUP, MOST_BLOCKS, NONE, best, ranges
 from kernels import SparseSpec, has_bf16_units
 
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 PIECES = 8
 #: For up to so many query heads that share keys, a loop sums two halves of the values' columns in a turn: more sums would not fit a CPU's 16 registers.
 FEW_HEADS = 3
+#: Most new tokens of one row, and of several, that a model of packed matrices computes one by one: a pass of all of them unpacks every matrix first, and
+#: leaves each row's attention to PyTorch's operators, for the time of so many tokens (docs/experiments.md).
+FEW_OF_A_ROW, FEW_OF_ROWS = 16, 32
 #: More keys than any model reads densely by rule.
 MANY = 1 << 62
 
@@ -231,6 +234,21 @@ def plain_steps(model: DualBranchModel) -> dict[str, nn.Module]:
     return steps
 
 
+@dataclass
+class NewToken:
+    """A token on its way through the layers: its residual stream `x (1, E)`, the row of the cache that it goes into and where, what a step is told of that
+    (`BlockStep`), by whether it is sparse and by the kind of layer, and the branch that it takes."""
+
+    x: Tensor
+    row: KVCache
+    slot: int
+    position: Tensor
+    reach: dict[bool, Tensor]
+    angles: Angles
+    sliding: Angles
+    slow: bool = True
+
+
 class Layer(NamedTuple):
     """A layer's weights by one of its branches, and its step up to `dense_len` keys and beyond."""
 
@@ -241,14 +259,15 @@ class Layer(NamedTuple):
 
 
 class Runner:
-    """Runs few tokens of single rows of `model`, one by one, on a CPU in fp32, through `steps`: those of `plain_steps`, or the same compiled. `blocks` are
+    """Runs few tokens of `model`, one by one, on a CPU in fp32, through `steps`: those of `plain_steps`, or the same compiled. `blocks` are
     the model's, for many tokens. Mutates nothing but that packed matrices unpack themselves by the steps given, and norms before products and dynamic
     feed-forwards run theirs."""
 
     def __init__(self, model: DualBranchModel, steps: Mapping[str, Callable]) -> None:
         plain, c = plain_steps(model), model.config
         self.model, self.steps = model, steps
-        self.few = FEW if isinstance(model.blocks[0].kv.w_k, PackedLinear) else 1  # one by one they take less time than unpacking all matrices does
+        packed = isinstance(model.blocks[0].kv.w_k, PackedLinear)  # one by one a few tokens take less time than unpacking all matrices does
+        self.few, self.few_of_rows = (FEW_OF_A_ROW, FEW_OF_ROWS) if packed else (1, 0)
         self.blocks = [PromptBlock(block, steps) for block in model.blocks]
         self.layers = [{slow: self._layer(block, slow) for slow in (True, False) if (block.slow if slow else block.fast) is not None} for block in model.blocks]
         self.embed = partial(steps["embed"], plain["embed"].weights_of(model.embed))
@@ -272,39 +291,47 @@ class Runner:
         return self.steps[unpack_name(bits, dtype)](words, scales)
 
     def takes(self, tokens: Tensor, route: str | Tensor, cache: KVCache | None) -> bool:
-        """Whether a pass is one for it: a few new tokens of one cached row, each by one branch, without gradient."""
-        few = len(tokens) == 1 and tokens.numel() <= self.few
+        """Whether a pass is one for it: a few new tokens of cached rows, each by one branch, without gradient."""
+        few = tokens.numel() <= (self.few if len(tokens) == 1 else self.few_of_rows)
         return few and cache is not None and not (isinstance(route, str) and route == "soft") and not torch.is_grad_enabled()
 
     def __call__(self, tokens: Tensor, route: str | Tensor, decide: Decide, cache: KVCache, last_only: bool) -> ModelOutput:
-        """As `DualBranchModel.forward` of `tokens (1, T)`, one after the other. Advances the cache."""
+        """As `DualBranchModel.forward` of `tokens (B, T)`: in each layer one after the other, so that its weights come from memory once and then from the
+        processor's cache. Advances the cache. (What `route` says, `decide` knows.)"""
         from dualbranch.model import ModelOutput
 
-        n = tokens.shape[1]
-        self.model.config.check_length(cache.next_slot(n) + n)  # all of them fit, or nothing is written
-        found = [self._token(tokens[0, t : t + 1], route, partial(decide, at=slice(t, t + 1)), cache) for t in range(n)]
-        x, g, use_slow = (None if of_tokens[0] is None else torch.cat(of_tokens, 1) for of_tokens in zip(*found, strict=True))
+        (B, T), c, model = tokens.shape, self.model.config, self.model
+        rows = [cache.rows(b, b + 1) for b in range(B)]
+        first = [row.next_slot(T) for row in rows]
+        c.check_length(max(first) + T)  # all of them fit, or nothing is written
+        new = [self._begin(tokens[b, t : t + 1], rows[b], first[b] + t) for b in range(B) for t in range(T)]
+        self._through(range(c.n_stem), new)
+        g, use_slow = decide(lambda: torch.cat([model.gate(token.x) for token in new]))
+        if use_slow is not None:
+            for token, slow in zip(new, use_slow.flatten().tolist(), strict=True):
+                token.slow = slow
+        self._through(range(c.n_stem, c.n_layers), new)
+        for token in new:
+            token.row.fill_slots(1, token.slow)
+        x = torch.cat([token.x for token in new]).view(B, T, -1)
         x = x[:, -1:] if last_only else x
-        logits = [self.logits(of_token) for of_token in x.unbind(1)]
-        return ModelOutput((logits[0] if len(logits) == 1 else torch.cat(logits))[None], x, g, use_slow)
+        logits = torch.cat([self.logits(of_token) for of_token in x.view(-1, 1, x.shape[-1])])
+        return ModelOutput(logits.view(*x.shape[:2], -1), x, g, use_slow)
 
-    def _token(self, token: Tensor, route: str | Tensor, decide: Decide, cache: KVCache) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Of one `token (1,)`: the residual stream before the final norm `(1, 1, E)`, and `g` and `use_slow (1, 1)` as in `ModelOutput`."""
-        model, c = self.model, self.model.config
-        slot = cache.next_slot()
-        position = torch.tensor([slot])
-        reach = {sparse: self.scratch[0, : reach_of(slot, c.sparse.block_size, sparse), 0, 0] for sparse in (False, True)}
+    def _begin(self, token: Tensor, row: KVCache, slot: int) -> NewToken:
+        """`token (1,)`, for `slot` of the one row `row`."""
+        model, size, position = self.model, self.model.config.sparse.block_size, torch.tensor([slot])
+        reach = {sparse: self.scratch[0, : reach_of(slot, size, sparse), 0, 0] for sparse in (False, True)}
         angles, sliding = (None if rope is None else rope(position, slot + 1) for rope in (model.rope, model.sliding_rope))
-        x = self.embed(token)
-        slow, g, use_slow = True, None, None
-        for i, layers in enumerate(self.layers):
-            if i == c.n_stem:
-                g, use_slow = decide(lambda x=x: model.gate(x))
-                slow = goes_slow(route, use_slow)
-            weights, dense, sparse, dense_len = layers[slow or i not in c.dual_layers]
-            cos_sin = sliding if sliding is not None and i in c.sliding_layers else angles
-            is_sparse = slot >= dense_len
-            step = sparse if is_sparse else dense
-            step(weights, x, *cos_sin, *cache.heads[i], cache.pooled.get(i, self.scratch), reach[is_sparse], position)
-        cache.fill_slots(1, slow)
-        return x[None], g, use_slow
+        return NewToken(self.embed(token), row, slot, position, reach, angles, sliding or angles)
+
+    def _through(self, layers: Iterable[int], new: Sequence[NewToken]) -> None:
+        """Takes the tokens `new` through `layers`, and writes what each layer keeps of them. Mutates their `x` and the cache."""
+        c = self.model.config
+        for i in layers:
+            for token in new:
+                weights, dense, sparse, dense_len = self.layers[i][token.slow or i not in c.dual_layers]
+                cos_sin = token.sliding if i in c.sliding_layers else token.angles
+                is_sparse = token.slot >= dense_len
+                step = sparse if is_sparse else dense
+                step(weights, token.x, *cos_sin, *token.row.heads[i], token.row.pooled.get(i, self.scratch), token.reach[is_sparse], token.position)

@@ -1,6 +1,7 @@
 """The one-row decode step: equal to the model's own forward, whatever the dialect, and compiled without recompiling as the context grows."""
 
 import dataclasses
+import math
 import os
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from dualbranch.model import DualBranchModel
 from dualbranch.packed import FEW, Normed, product_dtype
 from dualbranch.precision import quantize
 from dualbranch.prompt import ModuleStep, modules_of, run_step
-from dualbranch.runner import Runner, calls_topk, plain_steps, reach_of, read, sparse_blocks
+from dualbranch.runner import FEW_OF_A_ROW, FEW_OF_ROWS, Runner, calls_topk, plain_steps, reach_of, read, sparse_blocks
 from dualbranch.sparse_prompt import MOST_BLOCKS, SparsePrompt
 from kernels import AttentionPlan, SparseSpec, has_bf16_units
 from kernels.reference import pool_keys, select_blocks, sparse_mask
@@ -78,17 +79,17 @@ def model_block(dialect):
     return DIALECTS[dialect].get("sparse", SparseSpec(block_size=4)).block_size
 
 
-def test_only_few_cached_tokens_of_a_row_without_gradient_are_the_runners():
-    for model, few in ((make_tiny_model(400), 1), (quantize(make_tiny_model(400), "int8"), FEW)):
+def test_only_few_cached_tokens_without_gradient_are_the_runners():
+    for model, few, of_rows in ((make_tiny_model(400), 1, 1), (quantize(make_tiny_model(400), "int8"), FEW_OF_A_ROW, FEW_OF_ROWS)):
         calls, steps = [], plain_steps(model)
         model.runner = Runner(model, {name: lambda *a, name=name, steps=steps, calls=calls: calls.append(name) or steps[name](*a) for name in steps})
-        one, cache = torch.tensor([[20]]), model.new_cache(1, 24)
+        one, cache, rows = torch.tensor([[20]]), model.new_cache(1, 2 * FEW_OF_A_ROW + 2), model.new_cache(of_rows + 1, 8)
         model(one, cache=cache)  # with gradients enabled
         with torch.no_grad():
             model(one)
             model(one, "soft", cache=cache)
             model(torch.arange(10, 11 + few)[None], cache=cache)
-            model(torch.tensor([[20], [21]]), cache=model.new_cache(2, 8))
+            model(torch.full((of_rows + 1, 1), 20), cache=rows)
             model(one, cache=cache, lengths=torch.tensor([0]))
             assert not {"embed", "slow", "fast"} & set(calls)  # a single token's head is the runner's, whoever computed the rest
             calls.clear()
@@ -97,6 +98,9 @@ def test_only_few_cached_tokens_of_a_row_without_gradient_are_the_runners():
             calls.clear()
             model(torch.arange(10, 10 + few)[None], cache=cache, last_only=True)
             assert calls.count("embed") == few and calls.count("logits") == 1
+            calls.clear()
+            model(torch.full((of_rows, 1), 20), cache=rows.rows(0, of_rows))
+            assert calls.count("embed") == of_rows and calls.count("logits") == of_rows
 
 
 @pytest.mark.parametrize("dialect", ["plain", "sliding layers", "gemma"])
@@ -104,17 +108,17 @@ def test_only_few_cached_tokens_of_a_row_without_gradient_are_the_runners():
 @pytest.mark.parametrize("route", ["slow", "fast", "auto", "given"])
 def test_few_tokens_one_by_one_are_what_one_pass_computes(monkeypatch, route, last_only, dialect):
     monkeypatch.setattr(DualBranchModel, "cache_dtype", torch.float32)  # in bf16, sums in another order round some keys and values the other way
-    tokens = torch.randint(10, 400, (1, 40 + FEW), generator=torch.Generator().manual_seed(1))
+    n, tokens = 40, torch.randint(10, 400, (1, 48), generator=torch.Generator().manual_seed(1))
     how, given = ({"budget": 0.5} if route == "auto" else {}), torch.tensor([[True, False, False, True, False, True, True, False]])
     outs, caches = [], []
     plain, stepwise = (quantize(make_tiny_model(400, **DIALECTS[dialect]), "int8") for _ in range(2))
     for model in (plain, stepwise):
-        cache = model.new_cache(1, 40 + FEW)
+        cache = model.new_cache(1, tokens.shape[1])
         with torch.no_grad():
-            model(tokens[:, :40], cache=cache)
+            model(tokens[:, :n], cache=cache)
             if model is stepwise:
                 uncompiled(model)
-            outs.append(model(tokens[:, 40:], given if route == "given" else route, cache=cache, last_only=last_only, **how))
+            outs.append(model(tokens[:, n:], given if route == "given" else route, cache=cache, last_only=last_only, **how))
         caches.append(cache)
     for name in ("logits", "hidden", "g", "use_slow"):
         a, b = (getattr(out, name) for out in outs)
@@ -123,7 +127,55 @@ def test_few_tokens_one_by_one_are_what_one_pass_computes(monkeypatch, route, la
             torch.testing.assert_close(b, a, rtol=1e-4, atol=2e-5)
     assert torch.equal(caches[0].from_slow, caches[1].from_slow) and torch.equal(caches[0].n_cached, caches[1].n_cached)
     if route == "auto":
-        assert 0 < int(outs[1].use_slow.sum()) < FEW
+        assert 0 < int(outs[1].use_slow.sum()) < tokens.shape[1] - n
+
+
+@pytest.mark.parametrize("dialect", ["plain", "sliding layers"])
+@pytest.mark.parametrize("route", ["slow", "fast", "auto", "given"])
+@torch.no_grad()
+def test_rows_together_are_bit_for_bit_what_each_is_alone(route, dialect):
+    model = uncompiled(quantize(make_tiny_model(400, **DIALECTS[dialect]), "int8"))
+    lengths, n_new = [23, 5, 40], 2
+    tokens = torch.randint(10, 400, (3, 40 + n_new), generator=torch.Generator().manual_seed(2))
+    given = torch.tensor([[True, False], [False, False], [True, True]])
+    thresholds = torch.tensor([[0.5], [math.inf], [-math.inf]])  # by the gate, all slow, all fast
+
+    def run(rows, cache):
+        new = torch.stack([tokens[b, lengths[b] : lengths[b] + n_new] for b in rows])
+        how = {"threshold": thresholds[rows]} if route == "auto" else {}
+        return model(new, given[rows] if route == "given" else route, cache=cache, **how)
+
+    together, alone = model.new_cache(3, 48), [model.new_cache(1, 48) for _ in range(3)]
+    for b, n in enumerate(lengths):
+        for cache in (together.rows(b, b + 1), alone[b]):
+            model(tokens[b : b + 1, :n], "fast", cache=cache)
+    out, outs = run([0, 1, 2], together), [run([b], cache) for b, cache in enumerate(alone)]
+    for name in ("logits", "hidden", "g", "use_slow"):
+        found, expected = getattr(out, name), [getattr(o, name) for o in outs]
+        assert (found is None) == (expected[0] is None) and (found is None or torch.equal(found, torch.cat(expected))), name
+    for b, (n, cache) in enumerate(zip(lengths, alone, strict=True)):
+        row = together.rows(b, b + 1)
+        assert torch.equal(row.n_cached, cache.n_cached) and torch.equal(row.from_slow, cache.from_slow) and int(row.n_cached) == n + n_new
+        assert all(torch.equal(x, y) for layers in zip(row.heads, cache.heads, strict=True) for x, y in zip(*layers, strict=True))
+        assert all(torch.equal(row.pooled[i], cache.pooled[i]) for i in row.pooled)
+    if route == "auto":
+        assert out.use_slow[1:].tolist() == [[True, True], [False, False]]
+
+
+@torch.no_grad()
+def test_rows_one_by_one_are_what_one_pass_computes(monkeypatch):
+    monkeypatch.setattr(DualBranchModel, "cache_dtype", torch.float32)
+    tokens, lengths, outs = torch.randint(10, 400, (3, 31), generator=torch.Generator().manual_seed(1)), torch.tensor([30, 4, 17]), []
+    plain, stepwise = (quantize(make_tiny_model(400), "int8") for _ in range(2))
+    for model in (plain, stepwise):
+        cache = model.new_cache(3, 32)
+        model(tokens[:, :30], "fast", cache=cache, lengths=lengths)
+        if model is stepwise:
+            uncompiled(model)
+        outs.append(model(tokens[:, 30:], "auto", cache=cache, budget=0.5, last_only=True))
+    for name in ("logits", "hidden", "g"):
+        torch.testing.assert_close(getattr(outs[1], name), getattr(outs[0], name), rtol=1e-4, atol=2e-5)
+    assert torch.equal(outs[1].use_slow, outs[0].use_slow)
 
 
 def test_a_full_cache_is_refused_and_left_as_it_was():
@@ -138,6 +190,18 @@ def test_a_full_cache_is_refused_and_left_as_it_was():
         with pytest.raises(CacheFull, match="holds 4 tokens"):
             model(torch.tensor([[20, 21, 22]]), cache=cache)
     assert int(cache.n_cached) == 2
+
+
+@torch.no_grad()
+def test_where_one_of_several_rows_is_full_none_is_written():
+    model = uncompiled(quantize(make_tiny_model(400), "int8"))
+    cache = model.new_cache(2, 8)
+    model(torch.arange(10, 18)[None], cache=cache.rows(1, 2))
+    before = [t.clone() for layer in cache.heads for t in layer]
+    with pytest.raises(CacheFull, match="holds 8 tokens and 9 are needed"):
+        model(torch.tensor([[20], [21]]), cache=cache)
+    assert cache.n_cached.tolist() == [0, 8]
+    assert all(torch.equal(a, b) for a, b in zip(before, (t for layer in cache.heads for t in layer), strict=True))
 
 
 def test_where_it_cannot_be_compiled_decoding_goes_on_without(monkeypatch, caplog, tmp_path):
