@@ -387,7 +387,7 @@ def generate_batch(
 ) -> list[Generation]:
     """One `Generation` per prompt (ids ending in `<|assistant|>`), in order; `batch_size` sequences are decoded at once.
 
-    A reply doesn't depend on the batch it is in (where packed matrices meet a CPU with units for bf16, but for rounding: `packed.product_dtype`).
+    A reply doesn't depend on the batch it is in (of packed matrices on a CPU, but for rounding: `runner.FEW_OF_ROWS`, `packed.product_dtype`).
     Raises ValueError and PromptTooLong as `start` does, before anything is computed.
     """
     if batch_size < 1:

@@ -155,7 +155,7 @@ class DualBranchModel(nn.Module):
         `(B, 1)`, or `budget` looked up in the calibration (its default if neither is given). With `cache`, tokens follow what is cached; the cache
         is written and advanced. `last_only`: logits of each row's last valid token alone. `logits_at (B, T)` bool: of those tokens alone,
         in row-major order, `(n, V)` (training does not pay for tokens that no loss looks at).
-        Raises ValueError for an unknown route, a budget outside [0, 1], a missing calibration, and CacheFull.
+        Raises ValueError for an unknown route, a budget outside [0, 1], a threshold of another shape, a missing calibration, and CacheFull.
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be (B, T) with T >= 1, got {tuple(tokens.shape)}; an empty prompt needs at least <bos>")
@@ -169,6 +169,8 @@ class DualBranchModel(nn.Module):
         if budget is not None:
             check_budget(budget)
         B, T = tokens.shape
+        if isinstance(threshold, Tensor) and threshold.numel() != 1 and threshold.shape != (B, 1):
+            raise ValueError(f"threshold has shape {tuple(threshold.shape)}; give one number, or one per row, ({B}, 1)")
         if self.runner is not None and logits_at is lengths is doc_start is None and self.runner.takes(tokens, route, cache):
             decide = partial(self._decide, route=route, budget=budget, threshold=threshold, shape=(B, T))
             return self.runner(tokens, route, decide, cache, last_only)
@@ -254,8 +256,8 @@ class DualBranchModel(nn.Module):
         return partial(logits_of, self.norm, weight.to(torch.get_autocast_dtype(device)), self.config.logit_softcap)
 
     def compile_decode(self, build: bool = False) -> bool:
-        """Decodes single rows with compiled code from now on, where it was built for such a model (`dualbranch compile`), or can be and `build` says so;
-        on a GPU by CUDA graphs (graphs.py), which need no building.
+        """Decodes with compiled code from now on, where it was built for such a model (`dualbranch compile`), or can be and `build` says so: a few rows, of
+        packed matrices up to `runner.FEW_OF_ROWS`. On a GPU single rows by CUDA graphs (graphs.py), which need no building.
 
         Returns whether it does; where not, the log says why. It does so until the weights are moved or replaced (`to`, `load_state_dict`). Compiled, the
         weights move to memory of their own (`memory.move_to_huge_pages`).

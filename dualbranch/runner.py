@@ -35,8 +35,8 @@ PIECES = 8
 #: For up to so many query heads that share keys, a loop sums two halves of the values' columns in a turn: more sums would not fit a CPU's 16 registers.
 FEW_HEADS = 3
 #: Most new tokens of one row, and of several, that a model of packed matrices computes one by one: a pass of all of them unpacks every matrix first, and
-#: leaves each row's attention to PyTorch's operators, for the time of so many tokens (docs/experiments.md).
-FEW_OF_A_ROW, FEW_OF_ROWS = 16, 32
+#: leaves attention to PyTorch's operators, for the time of so many tokens (docs/experiments.md). In fp32, where nothing is unpacked: FEW_IN_FP32 of either.
+FEW_OF_A_ROW, FEW_OF_ROWS, FEW_IN_FP32 = 16, 32, 4
 #: More keys than any model reads densely by rule.
 MANY = 1 << 62
 
@@ -266,8 +266,8 @@ class Runner:
     def __init__(self, model: DualBranchModel, steps: Mapping[str, Callable]) -> None:
         plain, c = plain_steps(model), model.config
         self.model, self.steps = model, steps
-        packed = isinstance(model.blocks[0].kv.w_k, PackedLinear)  # one by one a few tokens take less time than unpacking all matrices does
-        self.few, self.few_of_rows = (FEW_OF_A_ROW, FEW_OF_ROWS) if packed else (1, 0)
+        packed = isinstance(model.blocks[0].kv.w_k, PackedLinear)
+        self.few, self.few_of_rows = (FEW_OF_A_ROW, FEW_OF_ROWS) if packed else (FEW_IN_FP32, FEW_IN_FP32)
         self.blocks = [PromptBlock(block, steps) for block in model.blocks]
         self.layers = [{slow: self._layer(block, slow) for slow in (True, False) if (block.slow if slow else block.fast) is not None} for block in model.blocks]
         self.embed = partial(steps["embed"], plain["embed"].weights_of(model.embed))

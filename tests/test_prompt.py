@@ -112,9 +112,9 @@ def test_few_tokens_gradients_and_a_model_that_moves_need_no_steps():
     model.runner = Runner(model, noting(model, calls))
     tokens = torch.arange(10, 60)[None]
     with torch.no_grad():
-        model(tokens[:, :FEW], "slow", cache=model.new_cache(1, 64))
+        model(tokens[:, :FEW], "slow")
         assert not calls
-        model(tokens[:, : FEW + 1], "slow", cache=model.new_cache(1, 64))
+        model(tokens[:, : FEW + 1], "slow")
         assert calls == ["keys", "queries-slow", "rest-slow"] * model.config.n_layers
         calls.clear()
         expected = model(tokens, "fast").logits

@@ -20,7 +20,7 @@ from dualbranch.model import DualBranchModel
 from dualbranch.packed import FEW, Normed, product_dtype
 from dualbranch.precision import quantize
 from dualbranch.prompt import ModuleStep, modules_of, run_step
-from dualbranch.runner import FEW_OF_A_ROW, FEW_OF_ROWS, Runner, calls_topk, plain_steps, reach_of, read, sparse_blocks
+from dualbranch.runner import FEW_IN_FP32, FEW_OF_A_ROW, FEW_OF_ROWS, Runner, calls_topk, plain_steps, reach_of, read, sparse_blocks
 from dualbranch.sparse_prompt import MOST_BLOCKS, SparsePrompt
 from kernels import AttentionPlan, SparseSpec, has_bf16_units
 from kernels.reference import pool_keys, select_blocks, sparse_mask
@@ -80,7 +80,7 @@ def model_block(dialect):
 
 
 def test_only_few_cached_tokens_without_gradient_are_the_runners():
-    for model, few, of_rows in ((make_tiny_model(400), 1, 1), (quantize(make_tiny_model(400), "int8"), FEW_OF_A_ROW, FEW_OF_ROWS)):
+    for model, few, of_rows in ((make_tiny_model(400), FEW_IN_FP32, FEW_IN_FP32), (quantize(make_tiny_model(400), "int8"), FEW_OF_A_ROW, FEW_OF_ROWS)):
         calls, steps = [], plain_steps(model)
         model.runner = Runner(model, {name: lambda *a, name=name, steps=steps, calls=calls: calls.append(name) or steps[name](*a) for name in steps})
         one, cache, rows = torch.tensor([[20]]), model.new_cache(1, 2 * FEW_OF_A_ROW + 2), model.new_cache(of_rows + 1, 8)
