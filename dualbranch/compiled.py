@@ -120,7 +120,7 @@ def opened(path: Path) -> Callable:
     """
     run = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).boxed_run
 
-    def step(first: Tensor | dict[str, Tensor], *rest: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+    def step(first: Tensor | dict[str, Tensor], *rest: Tensor) -> Tensor | tuple[Tensor, ...]:
         found = run([*(first.values() if isinstance(first, dict) else (first,)), *rest])
         return found[0] if len(found) == 1 else tuple(found)  # () of a block's step
 
@@ -230,7 +230,9 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
         matrices = (m for m in model.modules() if isinstance(m, packed.PackedMatrix) and m.bits == step.bits)
         matrix = max(matrices, key=lambda m: min(m.words.shape))  # a size of 1 would be compiled as 1
         vary = {0: Dim.AUTO, 1: Dim.AUTO}
-        return (matrix.words, matrix.scales), (vary, {4: {1: Dim.AUTO, 2: Dim.AUTO}, 8: {0: Dim.AUTO}, 16: None}[step.bits])
+        if matrix.scales is None:
+            return (matrix.words,), (vary,)
+        return (matrix.words, matrix.scales), (vary, {4: {1: Dim.AUTO, 2: Dim.AUTO}, 8: {0: Dim.AUTO}}[step.bits])
     many, vary = torch.ones(40, 96), {0: Dim.AUTO, 1: Dim.AUTO}
     scale, scales, of_rows, of_columns = many[:, :1].clone(), many[0].clone(), {0: Dim.AUTO}, {0: Dim.AUTO}
     if isinstance(step, dynamic.To8Bit):

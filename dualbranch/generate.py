@@ -387,7 +387,8 @@ def generate_batch(
 ) -> list[Generation]:
     """One `Generation` per prompt (ids ending in `<|assistant|>`), in order; `batch_size` sequences are decoded at once.
 
-    A reply doesn't depend on the batch it is in (of packed matrices on a CPU, but for rounding: `runner.FEW_OF_ROWS`, `packed.product_dtype`).
+    A reply doesn't depend on the batch it is in (but for rounding where its matrices are packed or its steps compiled: `runner.few_tokens`,
+    `packed.product_dtype`).
     Raises ValueError and PromptTooLong as `start` does, before anything is computed.
     """
     if batch_size < 1:

@@ -155,7 +155,7 @@ class DualBranchModel(nn.Module):
         `(B, 1)`, or `budget` looked up in the calibration (its default if neither is given). With `cache`, tokens follow what is cached; the cache
         is written and advanced. `last_only`: logits of each row's last valid token alone. `logits_at (B, T)` bool: of those tokens alone,
         in row-major order, `(n, V)` (training does not pay for tokens that no loss looks at).
-        Raises ValueError for an unknown route, a budget outside [0, 1], a threshold of another shape, a missing calibration, and CacheFull.
+        Raises ValueError for an unknown route, a budget outside [0, 1], a threshold or cache of another shape, a missing calibration, and CacheFull.
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be (B, T) with T >= 1, got {tuple(tokens.shape)}; an empty prompt needs at least <bos>")
@@ -169,7 +169,9 @@ class DualBranchModel(nn.Module):
         if budget is not None:
             check_budget(budget)
         B, T = tokens.shape
-        if isinstance(threshold, Tensor) and threshold.numel() != 1 and threshold.shape != (B, 1):
+        if cache is not None and cache.n_rows != B:
+            raise ValueError(f"{B} rows of tokens do not fit a cache of {cache.n_rows}; give the cache's rows that they continue (KVCache.rows)")
+        if isinstance(threshold, Tensor) and threshold.shape not in ((), (1,), (1, 1), (B, 1)):
             raise ValueError(f"threshold has shape {tuple(threshold.shape)}; give one number, or one per row, ({B}, 1)")
         if self.runner is not None and logits_at is lengths is doc_start is None and self.runner.takes(tokens, route, cache):
             decide = partial(self._decide, route=route, budget=budget, threshold=threshold, shape=(B, T))

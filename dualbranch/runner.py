@@ -21,7 +21,7 @@ from torch.func import functional_call
 from dualbranch import dynamic, prompt
 from dualbranch.block import Block
 from dualbranch.cache import KVCache
-from dualbranch.packed import Normed, PackedLinear, PackedMatrix, ProductNorm, kept, logits_of, transposed
+from dualbranch.packed import FEW, Normed, PackedLinear, PackedMatrix, ProductNorm, kept, logits_of, transposed
 from dualbranch.prompt import ModuleStep, PromptBlock
 from dualbranch.routing import Angles, Decide, Partition
 from dualbranch.sparse_prompt import GROUP, MOST_BLOCKS, NONE, best, ranges
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 PIECES = 8
 #: For up to so many query heads that share keys, a loop sums two halves of the values' columns in a turn: more sums would not fit a CPU's 16 registers.
 FEW_HEADS = 3
-#: Most new tokens of one row, and of several, that a model of packed matrices computes one by one: a pass of all of them unpacks every matrix first, and
-#: leaves attention to PyTorch's operators, for the time of so many tokens (docs/experiments.md). In fp32, where nothing is unpacked: FEW_IN_FP32 of either.
+#: Most new tokens of one row, and of several that get one each, that a model of packed matrices computes one by one: a pass of all of them unpacks every
+#: matrix first, and leaves attention to PyTorch's operators, for the time of more tokens than these (docs/experiments.md, with AVX2). Where a CPU has units
+#: for bf16, in which such a pass takes half of the time: FEW. In fp32, where nothing is unpacked but products of few rows are slow: FEW_IN_FP32.
 FEW_OF_A_ROW, FEW_OF_ROWS, FEW_IN_FP32 = 16, 32, 4
 #: More keys than any model reads densely by rule.
 MANY = 1 << 62
@@ -198,7 +199,7 @@ class Unpack(nn.Module):
         super().__init__()
         self.bits, self.dtype = bits, dtype
 
-    def forward(self, words: Tensor, scales: Tensor | None) -> Tensor:
+    def forward(self, words: Tensor, scales: Tensor | None = None) -> Tensor:
         return transposed(self.bits, words, scales, self.dtype)
 
 
@@ -258,6 +259,13 @@ class Layer(NamedTuple):
     dense_len: int
 
 
+def few_tokens(model: DualBranchModel) -> tuple[int, int]:
+    """How many new tokens of one row, and of several that get one each, are computed one by one at most."""
+    if not isinstance(model.blocks[0].kv.w_k, PackedLinear):
+        return FEW_IN_FP32, FEW_IN_FP32
+    return (FEW, FEW) if has_bf16_units(model.device) else (FEW_OF_A_ROW, FEW_OF_ROWS)
+
+
 class Runner:
     """Runs few tokens of `model`, one by one, on a CPU in fp32, through `steps`: those of `plain_steps`, or the same compiled. `blocks` are
     the model's, for many tokens. Mutates nothing but that packed matrices unpack themselves by the steps given, and norms before products and dynamic
@@ -266,8 +274,7 @@ class Runner:
     def __init__(self, model: DualBranchModel, steps: Mapping[str, Callable]) -> None:
         plain, c = plain_steps(model), model.config
         self.model, self.steps = model, steps
-        packed = isinstance(model.blocks[0].kv.w_k, PackedLinear)
-        self.few, self.few_of_rows = (FEW_OF_A_ROW, FEW_OF_ROWS) if packed else (FEW_IN_FP32, FEW_IN_FP32)
+        self.few, self.few_of_rows = few_tokens(model)
         self.blocks = [PromptBlock(block, steps) for block in model.blocks]
         self.layers = [{slow: self._layer(block, slow) for slow in (True, False) if (block.slow if slow else block.fast) is not None} for block in model.blocks]
         self.embed = partial(steps["embed"], plain["embed"].weights_of(model.embed))
@@ -288,16 +295,16 @@ class Runner:
         return Layer(BlockStep(block, slow, False, 1).weights_of(block), dense, sparse, MANY if reads is None else reads.dense_len)
 
     def _unpack(self, bits: int, words: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return self.steps[unpack_name(bits, dtype)](words, scales)
+        return self.steps[unpack_name(bits, dtype)](*((words,) if scales is None else (words, scales)))  # compiled, it takes nothing but tensors
 
     def takes(self, tokens: Tensor, route: str | Tensor, cache: KVCache | None) -> bool:
         """Whether a pass is one for it: a few new tokens of cached rows, each by one branch, without gradient."""
-        few = tokens.numel() <= (self.few if len(tokens) == 1 else self.few_of_rows)
+        few = tokens.numel() <= (self.few_of_rows if tokens.shape[1] == 1 else self.few)
         return few and cache is not None and not (isinstance(route, str) and route == "soft") and not torch.is_grad_enabled()
 
     def __call__(self, tokens: Tensor, route: str | Tensor, decide: Decide, cache: KVCache, last_only: bool) -> ModelOutput:
-        """As `DualBranchModel.forward` of `tokens (B, T)`: in each layer one after the other, so that its weights come from memory once and then from the
-        processor's cache. Advances the cache. (What `route` says, `decide` knows.)"""
+        """As `DualBranchModel.forward` of `tokens (B, T)`: in each layer one after the other, so that weights that fit the processor's cache come from
+        memory once. Advances the cache. (What `route` says, `decide` knows.)"""
         from dualbranch.model import ModelOutput
 
         (B, T), c, model = tokens.shape, self.model.config, self.model
@@ -315,8 +322,8 @@ class Runner:
             token.row.fill_slots(1, token.slow)
         x = torch.cat([token.x for token in new]).view(B, T, -1)
         x = x[:, -1:] if last_only else x
-        logits = torch.cat([self.logits(of_token) for of_token in x.view(-1, 1, x.shape[-1])])
-        return ModelOutput(logits.view(*x.shape[:2], -1), x, g, use_slow)
+        logits = [self.logits(of_token) for of_token in x.view(-1, 1, x.shape[-1])]
+        return ModelOutput((logits[0] if len(logits) == 1 else torch.cat(logits)).view(*x.shape[:2], -1), x, g, use_slow)
 
     def _begin(self, token: Tensor, row: KVCache, slot: int) -> NewToken:
         """`token (1,)`, for `slot` of the one row `row`."""

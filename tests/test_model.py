@@ -390,7 +390,9 @@ def test_user_errors_name_what_to_change():
         build()(t, "auto")
     with pytest.raises(ValueError, match=r"route decides for tokens of shape \(1, 1\), and they are \(1, 5\)"):
         MODEL(t, torch.tensor([[True]]))
-    for wrong in (torch.zeros(2), torch.zeros(1, 5)):
+    with pytest.raises(ValueError, match="1 rows of tokens do not fit a cache of 2"):
+        MODEL(t, cache=MODEL.new_cache(2, 8))
+    for wrong in (torch.zeros(2), torch.zeros(1, 5), torch.zeros(1, 1, 1)):
         with pytest.raises(ValueError, match=r"threshold has shape .*one per row, \(1, 1\)"):
             MODEL(t, "auto", threshold=wrong)
     with pytest.raises(ValueError, match=r"budget is 1.5.*\[0, 1\]"):

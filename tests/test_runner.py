@@ -1,4 +1,4 @@
-"""The one-row decode step: equal to the model's own forward, whatever the dialect, and compiled without recompiling as the context grows."""
+"""The decode step: equal to the model's own forward, whatever the dialect, and compiled without recompiling as the context grows."""
 
 import dataclasses
 import math
@@ -79,17 +79,21 @@ def model_block(dialect):
     return DIALECTS[dialect].get("sparse", SparseSpec(block_size=4)).block_size
 
 
-def test_only_few_cached_tokens_without_gradient_are_the_runners():
-    for model, few, of_rows in ((make_tiny_model(400), FEW_IN_FP32, FEW_IN_FP32), (quantize(make_tiny_model(400), "int8"), FEW_OF_A_ROW, FEW_OF_ROWS)):
+@pytest.mark.parametrize("units", [False, True])
+def test_only_few_cached_tokens_without_gradient_are_the_runners(monkeypatch, units):
+    monkeypatch.setattr("dualbranch.runner.has_bf16_units", lambda device: units)
+    of_packed = (FEW, FEW) if units else (FEW_OF_A_ROW, FEW_OF_ROWS)
+    for model, few, of_rows in ((make_tiny_model(400), FEW_IN_FP32, FEW_IN_FP32), (quantize(make_tiny_model(400), "int8"), *of_packed)):
         calls, steps = [], plain_steps(model)
         model.runner = Runner(model, {name: lambda *a, name=name, steps=steps, calls=calls: calls.append(name) or steps[name](*a) for name in steps})
-        one, cache, rows = torch.tensor([[20]]), model.new_cache(1, 2 * FEW_OF_A_ROW + 2), model.new_cache(of_rows + 1, 8)
+        one, cache, rows = torch.tensor([[20]]), model.new_cache(1, 64), model.new_cache(of_rows + 1, 16)
         model(one, cache=cache)  # with gradients enabled
         with torch.no_grad():
             model(one)
             model(one, "soft", cache=cache)
             model(torch.arange(10, 11 + few)[None], cache=cache)
             model(torch.full((of_rows + 1, 1), 20), cache=rows)
+            model(torch.full((2, few // 2 + 1), 20), cache=rows.rows(0, 2))
             model(one, cache=cache, lengths=torch.tensor([0]))
             assert not {"embed", "slow", "fast"} & set(calls)  # a single token's head is the runner's, whoever computed the rest
             calls.clear()
@@ -135,7 +139,7 @@ def test_few_tokens_one_by_one_are_what_one_pass_computes(monkeypatch, route, la
 @torch.no_grad()
 def test_rows_together_are_bit_for_bit_what_each_is_alone(route, dialect):
     model = uncompiled(quantize(make_tiny_model(400, **DIALECTS[dialect]), "int8"))
-    lengths, n_new = [23, 5, 40], 2
+    lengths, n_new = [23, 15, 40], 2  # dense_len is 16
     tokens = torch.randint(10, 400, (3, 40 + n_new), generator=torch.Generator().manual_seed(2))
     given = torch.tensor([[True, False], [False, False], [True, True]])
     thresholds = torch.tensor([[0.5], [math.inf], [-math.inf]])  # by the gate, all slow, all fast
@@ -162,20 +166,33 @@ def test_rows_together_are_bit_for_bit_what_each_is_alone(route, dialect):
         assert out.use_slow[1:].tolist() == [[True, True], [False, False]]
 
 
+@pytest.mark.parametrize("how", [{"dense": True}, {"last_only": True}, {}])
 @torch.no_grad()
-def test_rows_one_by_one_are_what_one_pass_computes(monkeypatch):
+def test_rows_one_by_one_are_what_one_pass_computes(monkeypatch, how):
     monkeypatch.setattr(DualBranchModel, "cache_dtype", torch.float32)
-    tokens, lengths, outs = torch.randint(10, 400, (3, 31), generator=torch.Generator().manual_seed(1)), torch.tensor([30, 4, 17]), []
-    plain, stepwise = (quantize(make_tiny_model(400), "int8") for _ in range(2))
+    n_new, dense = (1, True) if how.pop("dense", False) else (3, False)
+    tokens, lengths, outs, caches = torch.randint(10, 400, (3, 30 + n_new), generator=torch.Generator().manual_seed(1)), torch.tensor([30, 14, 17]), [], []
+    plain, stepwise = (quantize(make_tiny_model(400, **({"n_stem": 4, "n_tail": 0} if dense else {})), "int8") for _ in range(2))
     for model in (plain, stepwise):
-        cache = model.new_cache(3, 32)
-        model(tokens[:, :30], "fast", cache=cache, lengths=lengths)
+        cache = model.new_cache(3, 36)
+        model(tokens[:, :30], "slow", cache=cache, lengths=lengths)
         if model is stepwise:
             uncompiled(model)
-        outs.append(model(tokens[:, 30:], "auto", cache=cache, budget=0.5, last_only=True))
+        outs.append(model(tokens[:, 30:], "auto", cache=cache, budget=0.5, **how))
+        caches.append(cache)
     for name in ("logits", "hidden", "g"):
-        torch.testing.assert_close(getattr(outs[1], name), getattr(outs[0], name), rtol=1e-4, atol=2e-5)
-    assert torch.equal(outs[1].use_slow, outs[0].use_slow)
+        a, b = (getattr(out, name) for out in outs)
+        assert (a is None) == (b is None) and (a is None or a.shape == b.shape), name
+        if a is not None:
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=2e-5)
+    if not dense:
+        assert torch.equal(outs[1].use_slow, outs[0].use_slow) and 0 < int(outs[1].use_slow.sum()) < outs[1].use_slow.numel()
+    assert torch.equal(caches[0].from_slow, caches[1].from_slow) and torch.equal(caches[0].n_cached, caches[1].n_cached)
+    for b, n in enumerate((lengths + n_new).tolist()):
+        for x, y in zip(*([t[b, :, :n] for layer in cache.heads for t in layer] for cache in caches), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+        for i, pooled in caches[0].pooled.items():
+            torch.testing.assert_close(caches[1].pooled[i][b, : n // 4], pooled[b, : n // 4], rtol=1e-4, atol=1e-5)
 
 
 def test_a_full_cache_is_refused_and_left_as_it_was():
@@ -369,6 +386,16 @@ def test_compiled_and_quantized_it_computes_the_same(monkeypatch, tmp_path):
         for n_tokens in (50, 90):  # two capacities, both sides of dense_len
             for a, b in zip(decode(model, tokens[:, :n_tokens], 5, route, **how)[0], expected[route], strict=False):
                 torch.testing.assert_close(a.logits, b.logits, rtol=1e-4, atol=2e-5)
+    rows, alone, lengths = model.new_cache(3, 64), [model.new_cache(1, 64) for _ in range(3)], (30, 9, 15)
+    with torch.no_grad():
+        for b, length in enumerate(lengths):
+            for cache in (rows.rows(b, b + 1), alone[b]):
+                model(tokens[:, :length], "fast", cache=cache)
+        for t in range(4):
+            newest = torch.stack([tokens[0, length + t : length + t + 1] for length in lengths])
+            together = model(newest, "auto", cache=rows, budget=0.5)
+            of_each = [model(newest[b : b + 1], "auto", cache=alone[b], budget=0.5) for b in range(3)]
+            assert torch.equal(together.logits, torch.cat([out.logits for out in of_each]))
     modules = modules_of(model.blocks[1])
     assert set(modules) == {"keys", "queries-slow", "queries-fast", "rest-fast"}
     for name, module in modules.items():
