@@ -58,7 +58,7 @@ class Branch(nn.Module):
         q = self.q_norm(self.w_q(h).unflatten(-1, (self.n_heads, -1)))
         if self.q_scale is not None:
             q = q * self.q_scale
-        return apply_rope(q, cos, sin)
+        return apply_rope(q, cos.to(q.dtype), sin.to(q.dtype))  # the other branch's dtype may be another
 
     def attend(self, h: Tensor, group: TokenGroup, k: Tensor, v: Tensor, pooled: Tensor | None) -> Tensor:
         """Head outputs `(N, H * D)` before the output matrix, for normed inputs `h (N, E)`."""

@@ -72,6 +72,11 @@ class KVCache:
     def n_rows(self) -> int:
         return self.n_cached.numel()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self.heads[0][0].dtype
+
     def n_bytes(self) -> int:
         """Bytes held, whether filled or not."""
         return sum(t.numel() * t.element_size() for t in [*self.k, *self.v, *self.pooled.values()])

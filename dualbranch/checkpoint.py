@@ -86,7 +86,8 @@ def save_checkpoint(
     for name, tensor in model.state_dict().items():
         tensor = tensor.detach()
         if tensor.is_floating_point():
-            tensor = tensor.to(DTYPES[dtype])
+            if not name.endswith(".scales"):  # those of packed matrices stay as they are
+                tensor = tensor.to(DTYPES[dtype])
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"tensor {name} holds NaN or infinity as {dtype}; save as float32, or an earlier model")
         tensors[name] = tensor
@@ -155,8 +156,8 @@ def load(
       `"owner/name"` on the Hugging Face Hub. What lies here under that path comes first. `accept_terms`: you accept the terms of a model that has some.
 
     `dense`: the public model itself (a teacher, say), not a delta that ships for its name and not a run of that name.
-    `dtype` None: float32 on a CPU; elsewhere as stored, a public model in bfloat16. Raises CheckpointError, and UnresolvedName for names
-    (both ValueErrors); where nothing is found it lists what there is.
+    `dtype` None: float32 on a CPU; elsewhere as stored, a public model in bfloat16. Packed weights stay packed, beside all else in float32.
+    Raises CheckpointError, and UnresolvedName for names (both ValueErrors); where nothing is found it lists what there is.
     """
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32  # half precision saves nothing on a CPU and is far slower there
@@ -220,7 +221,7 @@ def _load_folder(folder: Path, device: str | torch.device, dtype: torch.dtype | 
     weights = load_weights(path)
     stored = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.float32)
     model.load_state_dict(weights, assign=True)
-    model.to(device=device, dtype=dtype or stored)
+    model.to(device=device, dtype=torch.float32 if model.precision != "fp32" else dtype or stored)  # packed products give fp32
     model.calibration = calibration
     return LoadedModel(model.eval(), tokenizer, folder, manifest["extra"])
 
@@ -287,10 +288,7 @@ def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def check_vocab(config: Any, tokenizer: TokenizerBase) -> None:
     if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is {config.vocab_size};"
-            " they don't belong together"
-        )
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is {config.vocab_size}; they don't belong together")
 
 
 # ---- finding checkpoints
@@ -314,9 +312,7 @@ def _find(path_or_name: str | os.PathLike, runs: Path) -> Path:
     for folder in candidates:
         stages = _stages(folder)
         if stages:
-            raise CheckpointError(
-                f"{folder}: the run has no student yet, it has {', '.join(stages)}; give {folder / stages[0]}, or finish the run"
-            )
+            raise CheckpointError(f"{folder}: the run has no student yet, it has {', '.join(stages)}; give {folder / stages[0]}, or finish the run")
         if folder.is_dir():
             pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
             if pickles:
@@ -324,9 +320,7 @@ def _find(path_or_name: str | os.PathLike, runs: Path) -> Path:
             ggufs = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".gguf")
             if ggufs:
                 raise CheckpointError(f"{folder}: not a checkpoint, but it holds GGUF files; give one of them: {', '.join(map(str, ggufs[:8]))}")
-            raise CheckpointError(
-                f"{folder}: neither a checkpoint (no manifest.json) nor a run with one{_what_exists(runs)}"
-            )
+            raise CheckpointError(f"{folder}: neither a checkpoint (no manifest.json) nor a run with one{_what_exists(runs)}")
     if path.is_file():
         instead = f"its folder, {path.parent}" if path.suffix == ".safetensors" else "a checkpoint's folder or a .gguf file"
         raise CheckpointError(f"{path}: a file that is no whole model; give {instead}")

@@ -169,9 +169,6 @@ def compile_step(step: torch.nn.Module, args: tuple, dynamic: tuple, path: Path,
     number. Raises ValueError where the compiler fails."""
     with warnings.catch_warnings(), torch.no_grad(), _threads_said(1 if n_threads == 1 else os.cpu_count()):
         warnings.simplefilter("ignore")
-        program = torch.export.export(step, args, dynamic_shapes=dynamic, strict=False)
-        program = program.run_decompositions({torch.ops.aten.linear.default: runner.linear_as_sums})
-        merge_repeated(program)
         flags = " ".join(_accepted_flags(os.environ.get("CXX") or "g++"))  # PyTorch takes them nowhere but in the value of one that it passes on
         options = COMPILE_OPTIONS | {"cpp.enable_floating_point_contract_flag": f"fast {flags}"}
         if isinstance(step, runner.BlockStep):
@@ -179,8 +176,11 @@ def compile_step(step: torch.nn.Module, args: tuple, dynamic: tuple, path: Path,
         elif isinstance(step, sparse_prompt.Choose | sparse_prompt.Read):
             options = options | IN_ONE_PIECE | NOT_WRITTEN_OUT
         try:
+            program = torch.export.export(step, args, dynamic_shapes=dynamic, strict=False)
+            program = program.run_decompositions({torch.ops.aten.linear.default: runner.linear_as_sums})
+            merge_repeated(program)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-        except RuntimeError as error:  # all that torch raises for a compiler that fails
+        except RuntimeError as error:  # all that torch raises for sizes that don't go together and for a compiler that fails
             raise ValueError(f"{path.stem} can't be compiled: {str(error).strip()[:300]}") from error
 
 
@@ -227,9 +227,7 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
     """Arguments of the step's shapes, and which of their sizes may vary."""
     c = model.config
     if isinstance(step, runner.Unpack):
-        matrices = (m for m in model.modules() if isinstance(m, packed.PackedMatrix) and m.bits == step.bits)
-        matrix = max(matrices, key=lambda m: min(m.words.shape))  # a size of 1 would be compiled as 1
-        vary = {0: Dim.AUTO, 1: Dim.AUTO}
+        matrix, vary = packed.PackedMatrix(1024, 1024, step.bits), {0: Dim.AUTO, 1: Dim.AUTO}  # not one of the model's: a size of 1 would be compiled as 1
         if matrix.scales is None:
             return (matrix.words,), (vary,)
         return (matrix.words, matrix.scales), (vary, {4: {1: Dim.AUTO, 2: Dim.AUTO}, 8: {0: Dim.AUTO}}[step.bits])
@@ -255,7 +253,7 @@ def example(model: DualBranchModel, step: torch.nn.Module) -> tuple[tuple, tuple
     cos_sin = torch.zeros(2, 1, 1, c.rotary_dim or c.head_dim).unbind(0)
     k, v = torch.zeros(2, 1, c.n_kv_heads, 130 * c.sparse.block_size, c.head_dim, dtype=model.cache_dtype).unbind(0)
     pooled = torch.zeros(1, 130, c.n_kv_heads, c.head_dim)
-    n_blocks, in_reach, room = (Dim(name, min=2, max=1 << 24) for name in ("n_blocks", "in_reach", "room"))
+    n_blocks, room, in_reach = Dim("n_blocks", min=2, max=1 << 24), Dim("room", min=3, max=1 << 24), Dim("in_reach", min=2, max=(1 << 24) - 1)
     capacity = c.sparse.block_size * room
     at = 69 * c.sparse.block_size
     reach = torch.zeros(runner.reach_of(at, c.sparse.block_size, step.sparse))

@@ -184,14 +184,14 @@ def prepare(loaded: LoadedModel, precision: str | None, compiled: bool) -> None:
     """Packs the weights at `precision`, and decodes with compiled code where there is some, on a GPU by CUDA graphs. With precision None: as the
     weights are, or in int8 if code was compiled for that alone. Mutates the model."""
     from dualbranch.compiled import is_built
-    from dualbranch.precision import quantize
+    from dualbranch.precision import normal_form, quantize
 
     model = loaded.model
     on_cpu = compiled and model.device.type == "cpu"
     if precision is None and on_cpu and not is_built(model, model.precision) and model.precision == "fp32" and is_built(model, "int8"):
         precision = "int8"
         print("weights rounded to int8 (--precision fp32 keeps them)", file=sys.stderr)
-    if precision is not None and precision != model.precision:
+    if precision is not None and normal_form(precision) != model.precision:
         quantize(model, precision, loaded.tokenizer)
         move_to_huge_pages([*model.parameters(), *model.buffers()])  # and nothing keeps the memory that a checkpoint was read into
     if (compiled and model.device.type == "cuda") or (on_cpu and is_built(model, model.precision)):

@@ -120,7 +120,7 @@ class DualBranchModel(nn.Module):
         kind = self.device.type
         if torch.is_autocast_enabled(kind):
             return torch.get_autocast_dtype(kind)
-        return self.dtype if self.precision == "fp32" else product_dtype(n_tokens, self.device)
+        return product_dtype(n_tokens, self.device) if self._packs_keys else self.dtype
 
     def cost(self, route: str | float = "slow", n_cached: int = 0) -> accounting.Cost:
         """Parameters, FLOPs and KV bytes of one token with `n_cached` tokens before it; `route` is "slow", "fast" or a share of slow tokens."""
@@ -129,7 +129,12 @@ class DualBranchModel(nn.Module):
     @property
     def cache_dtype(self) -> torch.dtype:
         """Of keys and values in the cache: the model's, and bf16 where the matrices that make them are packed (what those lose in rounding is more)."""
-        return torch.bfloat16 if isinstance(self.blocks[0].kv.w_k, PackedLinear) else self.dtype
+        return torch.bfloat16 if self._packs_keys else self.dtype
+
+    @property
+    def _packs_keys(self) -> bool:
+        """Whether the matrices of keys and values are packed, and with them the slow branch's."""
+        return isinstance(self.blocks[0].kv.w_k, PackedLinear)
 
     def new_cache(self, n_rows: int, capacity: int) -> KVCache:
         """An empty cache on this model's device and in `cache_dtype`."""
@@ -236,7 +241,9 @@ class DualBranchModel(nn.Module):
         self, tokens: Tensor, route: str | Tensor, cache: KVCache, budget: float | None, threshold: float | Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What `_stream` gives for one long row and its last token, in parts of at most `PROMPT_AT_ONCE` tokens."""
-        cache.check_room(int(cache.n_cached[0]) + tokens.shape[1])  # all of them fit, or nothing is written
+        n_keys = int(cache.n_cached[0]) + tokens.shape[1]
+        cache.check_room(n_keys)  # all of them fit, or nothing is written
+        self.config.check_length(n_keys)
         parts = tokens.split(PROMPT_AT_ONCE, 1)  # round ones, but for the last: what products and attention fill up (packed.multiply) stays small
         routes = route.split([p.shape[1] for p in parts], 1) if isinstance(route, Tensor) else [route] * len(parts)
         found = [self._stream(part, of_part, cache, None, None, budget, threshold, True) for part, of_part in zip(parts, routes, strict=True)]
@@ -246,7 +253,7 @@ class DualBranchModel(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: residual stream `(..., E)` to fp32 `(..., V)`."""
         if self.runner is not None and x.shape[:-1].numel() == 1 and not torch.is_grad_enabled():
-            return self.runner.logits(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+            return self.runner.logits(x.reshape(1, -1).contiguous()).view(*x.shape[:-1], -1)
         return logits_of(self.norm, self.out, self.config.logit_softcap, x)
 
     def logits_in_slices(self) -> Callable[[Tensor], Tensor]:
@@ -314,10 +321,10 @@ class DualBranchModel(nn.Module):
         self, gate: Callable[[], Tensor], route: str | Tensor, budget: float | None, threshold: float | Tensor | None, shape: tuple[int, int]
     ) -> tuple[Tensor | None, Tensor | None]:
         """`g (B, T)` and `use_slow (B, T)`, each None where it has no meaning; `gate()` gives the gate's values `(B * T,)`."""
+        if self.config.is_dense or (isinstance(route, str) and route == "slow"):
+            return None, None
         if isinstance(route, Tensor):
             return None, route
-        if self.config.is_dense or route == "slow":
-            return None, None
         if route == "fast":
             return None, torch.zeros(shape, dtype=torch.bool, device=self.device)
         g = gate().view(shape)

@@ -45,10 +45,19 @@ def parse_precision(text: str) -> dict[str, str]:
     return names
 
 
-def quantize(model: DualBranchModel, precision: str, tok: TokenizerBase | None = None) -> DualBranchModel:
-    """`model`, its matrices packed at `precision`: for inference only. Mutates and returns it. `tok`, its tokenizer, is needed for int8-dynamic alone.
+def normal_form(text: str) -> str:
+    """The one way to write what `text` says of every part: `"int8"` for `"head=int8,fast=int8,slow=int8"`. Raises ValueError as `parse_precision` does."""
+    names = parse_precision(text)
+    whole = (name for name in BITS if parse_precision(name) == names)
+    return next(whole, ",".join(f"{part}={name}" for part, name in names.items() if name != "fp32"))
 
-    Raises ValueError for an unknown precision, a model whose matrices are packed already, and int8-dynamic without a tokenizer.
+
+def quantize(model: DualBranchModel, precision: str, tok: TokenizerBase | None = None) -> DualBranchModel:
+    """`model`, its matrices packed at `precision`, what stays as it was in fp32: for inference only. Mutates and returns it. `tok`, its tokenizer, is needed
+    for int8-dynamic alone.
+
+    Raises ValueError for an unknown precision, or one of parts that the model doesn't have, a model whose matrices are packed already, and int8-dynamic
+    without a tokenizer.
     """
     dynamic = [part for part, name in parse_precision(precision).items() if name == DYNAMIC]
     if dynamic and model.precision == "fp32":
@@ -101,6 +110,8 @@ def _replace_matrices(model: DualBranchModel, precision: str, keep_values: bool)
         raise ValueError(f"this model is at precision {model.precision} already; quantize the one it was made from")
     if set(bits.values()) == {32}:
         return model
+    if model.config.is_dense and bits["slow"] == bits["head"] == 32:
+        raise ValueError(f"precision {precision!r} is of the fast branch alone, and the model has none; write {names['fast']}, or slow=...")
     model.requires_grad_(False)
     model.runner = None  # it holds the weights as they were
     for block in model.blocks:
@@ -120,8 +131,8 @@ def _replace_matrices(model: DualBranchModel, precision: str, keep_values: bool)
         model.embed = PackedEmbedding(*embed.weight.shape, bits["head"], embed.scale if isinstance(embed, ScaledEmbedding) else 1.0)
         if keep_values:
             model.embed.matrix.pack(embed.weight)
-    model.precision = precision
-    return model
+    model.precision = normal_form(precision)
+    return model.float()  # what is not packed, where it came in half precision: packed products give fp32
 
 
 def _pack_linears(module: nn.Module, bits: int, keep_values: bool) -> None:

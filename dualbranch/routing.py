@@ -152,6 +152,6 @@ class Partition:
         slow_cells = (use_slow & valid).flatten().nonzero().squeeze(1)
         fast_cells = (~use_slow & valid).flatten().nonzero().squeeze(1)
         if fast_cells.numel() == 0 or slow_cells.numel() == 0:
-            return Partition.uniform(whole, slow=fast_cells.numel() == 0)
+            return Partition.uniform(whole, slow=slow_cells.numel() > 0)
         order = torch.cat([slow_cells, fast_cells])
         return Partition(grid.subset(slow_cells), grid.subset(fast_cells), order, *pick((grid.cos, grid.sin), order), pick(grid.sliding, order), whole)

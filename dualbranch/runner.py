@@ -275,6 +275,7 @@ class Runner:
         plain, c = plain_steps(model), model.config
         self.model, self.steps = model, steps
         self.few, self.few_of_rows = few_tokens(model)
+        self.cache_dtype = model.cache_dtype  # steps are compiled for it
         self.blocks = [PromptBlock(block, steps) for block in model.blocks]
         self.layers = [{slow: self._layer(block, slow) for slow in (True, False) if (block.slow if slow else block.fast) is not None} for block in model.blocks]
         self.embed = partial(steps["embed"], plain["embed"].weights_of(model.embed))
@@ -299,15 +300,16 @@ class Runner:
 
     def takes(self, tokens: Tensor, route: str | Tensor, cache: KVCache | None) -> bool:
         """Whether a pass is one for it: a few new tokens of cached rows, each by one branch, without gradient."""
-        few = tokens.numel() <= (self.few_of_rows if tokens.shape[1] == 1 else self.few)
-        return few and cache is not None and not (isinstance(route, str) and route == "soft") and not torch.is_grad_enabled()
+        if cache is None or cache.dtype != self.cache_dtype or (isinstance(route, str) and route == "soft") or torch.is_grad_enabled():
+            return False
+        return tokens.numel() <= (self.few_of_rows if tokens.shape[1] == 1 else self.few)
 
     def __call__(self, tokens: Tensor, route: str | Tensor, decide: Decide, cache: KVCache, last_only: bool) -> ModelOutput:
         """As `DualBranchModel.forward` of `tokens (B, T)`: in each layer one after the other, so that weights that fit the processor's cache come from
         memory once. Advances the cache. (What `route` says, `decide` knows.)"""
         from dualbranch.model import ModelOutput
 
-        (B, T), c, model = tokens.shape, self.model.config, self.model
+        (B, T), c, model, tokens = tokens.shape, self.model.config, self.model, tokens.long()
         rows = [cache.rows(b, b + 1) for b in range(B)]
         first = [row.next_slot(T) for row in rows]
         c.check_length(max(first) + T)  # all of them fit, or nothing is written

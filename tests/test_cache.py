@@ -80,3 +80,8 @@ def test_a_prompt_in_parts_that_does_not_fit_leaves_the_cache_as_it_was(tiny, mo
     with pytest.raises(CacheFull, match="holds 40 tokens and 41 are needed"):
         tiny[0](torch.ones(1, 41, dtype=torch.int64), "slow", cache=cache, last_only=True)
     assert int(cache.n_cached) == 0 and not any(x.any() for x in cache.k)
+    longer = tiny[0].config.max_seq_len + 1
+    cache = tiny[0].new_cache(1, longer)
+    with pytest.raises(ValueError, match=f"{longer} tokens exceed max_seq_len"):
+        tiny[0](torch.ones(1, longer, dtype=torch.int64), "slow", cache=cache, last_only=True)
+    assert int(cache.n_cached) == 0 and not any(x.any() for x in cache.k)

@@ -26,6 +26,7 @@ from dualbranch.distill.config import BRANCH_SETTINGS, DataConfig, GateConfig, R
 from dualbranch.distill.cut import init_from_teacher
 from dualbranch.distill.sources import BatchSource
 from dualbranch.model import DualBranchModel
+from dualbranch.precision import quantize
 from dualbranch.schema import ConfigError
 from dualbranch.text_eval import cut_windows, read_text, text_quality, undo_wikitext
 from kernels import SparseSpec
@@ -361,6 +362,16 @@ WRONG = ["eval nowhere --on text", "eval nowhere --on text nofile", "eval nowher
 def test_what_a_user_can_get_wrong_ends_in_one_line_and_code_2(argv, capsys):
     assert cli(argv) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["teacher", "student"])
+def test_packed_weights_are_refused_before_anything_is_trained(public, text_file, tmp_path, capsys, given):
+    loaded = load(public)
+    save_checkpoint(tmp_path / "packed", quantize(loaded.model, "int8"), loaded.tokenizer)
+    models = [str(tmp_path / "packed")] if given == "teacher" else [str(public), "--student", str(tmp_path / "packed")]
+    assert cli(["convert", *models, "--text", str(text_file), "--out", str(tmp_path / "run")]) == 2
+    assert "packed is packed at int8; training needs the one it was quantized from" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_config_of_a_public_teacher_is_complete(public, tmp_path):

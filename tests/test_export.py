@@ -234,11 +234,14 @@ def test_the_fast_branch_alone_is_route_fast_smaller_and_refuses_the_others(tmp_
             fast(t, route)
     assert torch.equal(fast(t, torch.zeros(2, 60, dtype=torch.bool)).logits, fast(t, "fast").logits)
     assert generate(loaded, "the user", "fast", max_tokens=4).answer is not None
+    assert fast(t, torch.zeros(2, 60, dtype=torch.bool), lengths=torch.tensor([0, 0]), cache=fast.new_cache(2, 60)).logits.shape == (2, 60, DUAL.vocab_size)
     for branch in ("slow", "dual"):
-        if branch == "slow":
-            with pytest.raises(ValueError, match="fast branch alone"):
-                export(fast, TOK, tmp_path / "x", branch)
+        with pytest.raises(ValueError, match="fast branch alone"):
+            export(fast, TOK, tmp_path / "x", branch)
+    assert not (tmp_path / "x").exists()
     assert_bits_equal(fast_model(fast), fast)
+    export(quantize(fast, "int8"), TOK, tmp_path / "packed", "fast")
+    assert torch.equal(load(tmp_path / "packed").model(t, "fast").logits, fast(t, "fast").logits)
 
 
 @torch.no_grad()

@@ -215,7 +215,7 @@ LASTS = {
 @pytest.mark.parametrize("name", ROUTES)
 def test_last_only_gives_the_last_tokens_of_the_whole_and_the_same_cache(kind, name):
     model, t, lengths = LASTS[kind], tokens(3, 24), torch.tensor([24, 1, 17])
-    route = "slow" if model.config.is_dense else route_of(name, t)
+    route = route_of(name, t)  # of a dense model all the same
     caches = [model.new_cache(3, 32) for _ in range(2)]
     seen = []
     hook = model.blocks[-1].kv.register_forward_hook(lambda module, args, out: seen.append(len(out[0])))

@@ -12,7 +12,7 @@ from dualbranch import packed as packed_module
 from dualbranch.checkpoint import load_checkpoint, save_checkpoint
 from dualbranch.layers import FeedForward
 from dualbranch.packed import FEW, GROUP, PackedEmbedding, PackedFeedForward, PackedLinear, PackedMatrix, ProductNorm, more_rows, multiply
-from dualbranch.precision import BITS, parse_precision, quantize, unpack_branches
+from dualbranch.precision import BITS, normal_form, parse_precision, quantize, unpack_branches
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 100))
 
@@ -156,6 +156,28 @@ def test_precision_by_part():
     for wrong in ("int3", "slow=int3", "medium=int8", "", "slow=", None):
         with pytest.raises(ValueError, match="precision"):
             parse_precision(wrong)
+    for text, form in (("head=int8, fast=int8,slow=int8", "int8"), ("slow=int4,fast=int4,head=int8", "int4"), ("fast=int4,slow=int8", "slow=int8,fast=int4")):
+        assert normal_form(text) == form == quantize(make_tiny_model(400), text).precision
+    with pytest.raises(ValueError, match=r"fast=int8.* none; write int8"):
+        quantize(make_tiny_model(400, n_stem=4, n_tail=0), "fast=int8")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4", "slow=int8,fast=int4", "fast=int8", "head=int8"])
+@torch.no_grad()
+def test_weights_in_half_precision_are_quantized_as_the_same_in_fp32(tmp_path, precision):
+    tokens, model = torch.arange(40)[None], make_tiny_model(400).bfloat16()
+    expected, model = quantize(make_tiny_model(400).bfloat16().float(), precision), quantize(model, precision)
+    save_checkpoint(tmp_path, model, make_tiny_tokenizer(), dtype="bfloat16")
+    for found in (model, load_checkpoint(tmp_path)[0], load_checkpoint(tmp_path, dtype="bfloat16")[0]):
+        for route in ("slow", "fast", "auto", "soft"):
+            torch.testing.assert_close(found(tokens, route, threshold=0.5).logits, expected(tokens, route, threshold=0.5).logits)
+
+
+@torch.no_grad()
+def test_where_only_other_parts_are_packed_the_slow_branch_computes_what_it_did(monkeypatch):
+    monkeypatch.setattr("dualbranch.packed.has_bf16_units", lambda device: True)
+    tokens = torch.arange(100)[None]
+    assert torch.equal(quantize(make_tiny_model(400), "fast=int8")(tokens, "slow").hidden, make_tiny_model(400)(tokens, "slow").hidden)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4", "slow=int8,fast=int4,head=bf16"])

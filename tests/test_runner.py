@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualbranch import compiled, memory
-from dualbranch.cache import CacheFull
+from dualbranch.cache import CacheFull, KVCache
 from dualbranch.compiled import PREFETCH, WHOLE_COPIES, build, compile_step, merge_repeated, steps_folder, unavailable
 from dualbranch.model import DualBranchModel
 from dualbranch.packed import FEW, Normed, product_dtype
@@ -530,9 +530,50 @@ def test_a_compiler_that_fails_is_a_value_error(monkeypatch, tmp_path):
     def fail(*args, **kwargs):
         raise RuntimeError("C++ compile error\nno space left")
 
-    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fail)
-    with pytest.raises(ValueError, match=r"^(choose|fast-sparse) can't be compiled: C\+\+ compile error"):
-        build(make_tiny_model(400))
+    for name in ("torch._inductor.aoti_compile_and_package", "torch.export.export"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, fail)
+            with pytest.raises(ValueError, match=r"^(choose|fast-sparse) can't be compiled: C\+\+ compile error"):
+                build(make_tiny_model(400))
+
+
+def test_sizes_that_vary_are_those_of_any_model():
+    smallest = {"d_model": 32, "fast_n_heads": 2, "fast_d_ff": 16, "sparse": SparseSpec(block_size=1, n_selected_blocks=6, window=3, n_sinks=1, dense_len=4)}
+    model = quantize(make_tiny_model(400, **smallest), "slow=int8,fast=int4,head=bf16")
+    steps = plain_steps(model)
+    for name in ("slow", "fast-sparse", "unpack4", "unpack8", "unpack16"):
+        args, vary = compiled.example(model, steps[name])
+        program = torch.export.export(steps[name], args, dynamic_shapes=vary, strict=False)
+        inputs = (node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder")
+        n_varying = sum(isinstance(size, torch.SymInt) for shape in inputs for size in shape)
+        assert n_varying == sum(len(sizes) for sizes in vary if isinstance(sizes, dict) and sizes and isinstance(next(iter(sizes)), int)), name
+
+
+@torch.no_grad()
+def test_a_cache_in_another_dtype_is_not_for_compiled_steps():
+    model, tokens = quantize(make_tiny_model(400), "int8"), torch.arange(20, 41)[None]
+    cache, expected = KVCache(model.config, 1, 64), model(tokens, cache=KVCache(model.config, 1, 64)).logits[:, 20:]
+    calls, steps = [], plain_steps(model)
+    model.runner = Runner(model, steps | {"slow": lambda *args: calls.append(args) or steps["slow"](*args)})
+    model(tokens[:, :20], cache=cache)
+    torch.testing.assert_close(model(tokens[:, 20:], cache=cache).logits, expected)
+    assert not calls
+    model(tokens[:, :1].int(), cache=model.new_cache(1, 8))
+    assert calls
+
+
+@torch.no_grad()
+def test_steps_get_tensors_as_they_were_compiled_for():
+    model = make_tiny_model(400)
+    x, steps, seen = torch.randn(400, 32), plain_steps(model), []
+    expected = model.logits(x[0])
+    model.runner = Runner(model, {name: lambda *args, step=step: seen.append(args[1:]) or step(*args) for name, step in steps.items()})
+    torch.testing.assert_close(model.logits(x[0]), expected)
+    torch.testing.assert_close(model.logits(x.t().contiguous().t()[:1])[0], expected)
+    model(torch.tensor([[5]], dtype=torch.int32), cache=model.new_cache(1, 8))
+    given = [tensor for args in seen for tensor in args if isinstance(tensor, torch.Tensor)]
+    assert all(tensor.is_contiguous() for tensor in given) and not any(tensor.dtype == torch.int32 and tensor.dim() == 1 for tensor in given)
+    assert [args[0].shape for args in seen[:2]] == [(1, 32)] * 2
 
 
 def test_heads_whose_scores_lie_far_apart_keep_their_own_scale():

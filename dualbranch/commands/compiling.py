@@ -20,14 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from dualbranch.compiled import build
-    from dualbranch.precision import quantize
+    from dualbranch.precision import normal_form, quantize
 
     if args.jobs is not None and args.jobs < 1:
         raise ValueError(f"--jobs is {args.jobs}; it must be at least 1")
     loaded, console = load(args.model, accept_terms=args.accept_gemma_terms), Console(stderr=True)
     model = loaded.model
     stored = model.precision
-    precision = args.precision or ("int8" if stored == "fp32" else stored)
+    precision = normal_form(args.precision or ("int8" if stored == "fp32" else stored))
     if precision != stored:
         quantize(model, precision, loaded.tokenizer)
     started = time.perf_counter()

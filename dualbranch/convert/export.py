@@ -77,7 +77,9 @@ def export(
             raise ValueError(f"{what} is {value!r}, needed one of {', '.join(known)}{f' (to {to})' if what == 'dtype' else ''}")
     if branch == "dual" and model.config.is_dense:
         raise ValueError("branch is 'dual', but the model has no fast branch; export its slow branch, or convert it first")
-    if model.precision != "fp32" and not (to == "safetensors" and (branch == "dual" or model.config.is_dense)):
+    if branch == "dual" and model.config.fast_only:
+        raise ValueError("branch is 'dual', but the model was exported with its fast branch alone; export its fast branch")
+    if model.precision != "fp32" and not (to == "safetensors" and (branch == "dual" or model.config.is_dense or model.config.fast_only)):
         raise ValueError(f"this model is packed at {model.precision}; export the one it was quantized from, or all of it to safetensors")
     if to == "delta" and (branch != "dual" or base is None):
         raise ValueError("a delta is branch 'dual' without the model it was converted from; give that model as well")

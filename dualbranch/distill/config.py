@@ -8,12 +8,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dualbranch.config import DualBranchConfig
 from dualbranch.data.tasks import TASKS
 from dualbranch.schema import ConfigError, from_dict, load_yaml, to_dict
 from kernels import SparseSpec
+
+if TYPE_CHECKING:
+    from dualbranch.checkpoint import LoadedModel
 
 #: Settings of a model that a dense one has no use for: where its dual blocks are, the fast branch, the gate.
 BRANCH_SETTINGS = ("n_stem", "n_tail", "fast_n_heads", "fast_d_ff", "sparse", "d_gate")
@@ -322,10 +325,18 @@ def complete_from_teacher(values: dict[str, Any]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=2)
 def config_of_checkpoint(path_or_name: str) -> DualBranchConfig:
-    """The sizes and dialect of what `dualbranch.load` finds. Raises what it raises."""
+    """The sizes and dialect of what `load_to_train` finds. Raises what it raises."""
+    return load_to_train(path_or_name, dtype="bfloat16", dense=True).model.config  # half the memory: the weights are not wanted
+
+
+def load_to_train(path_or_name: str, **how: Any) -> LoadedModel:
+    """As `dualbranch.load(path_or_name, **how)`. Raises ValueError also for packed weights: they don't train, and fit no model that does."""
     from dualbranch.checkpoint import load
 
-    return load(path_or_name, dtype="bfloat16", dense=True).model.config  # half the memory: the weights are not wanted
+    loaded = load(path_or_name, **how)
+    if loaded.model.precision != "fp32":
+        raise ValueError(f"{path_or_name} is packed at {loaded.model.precision}; training needs the one it was quantized from")
+    return loaded
 
 
 def branch_for(c: DualBranchConfig) -> dict[str, Any]:

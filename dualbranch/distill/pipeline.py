@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from dualbranch import accounting
-from dualbranch.checkpoint import load, load_checkpoint, save_checkpoint
+from dualbranch.checkpoint import load_checkpoint, save_checkpoint
 from dualbranch.config import DualBranchConfig
 from dualbranch.data.corpora import CORPORA
 from dualbranch.data.reasoning_gym import reasoning_gym_problems
 from dualbranch.data.text import read_documents
 from dualbranch.distill import dist, stages
-from dualbranch.distill.config import RunConfig, slow_sizes
+from dualbranch.distill.config import RunConfig, load_to_train, slow_sizes
 from dualbranch.distill.cut import init_from_teacher
 from dualbranch.distill.self_text import with_self_text
 from dualbranch.distill.self_training import with_solutions
@@ -160,7 +160,7 @@ def stage(folder: Path, tok: Tokenizer, device: torch.device, make: Callable[[],
 def make_teacher(config: RunConfig, folder: Path, log: MetricsLog, device: torch.device) -> tuple[DualBranchModel, Tokenizer]:
     """The configured checkpoint, or one trained here (with a tokenizer of its own)."""
     if config.teacher.checkpoint is not None:
-        loaded = load(config.teacher.checkpoint, device=device, dtype=torch.float32, dense=True)
+        loaded = load_to_train(config.teacher.checkpoint, device=device, dtype=torch.float32, dense=True)
         return loaded.model, loaded.tokenizer
     if config.teacher.init is None:
         path = folder / "tokenizer.model"
@@ -169,7 +169,7 @@ def make_teacher(config: RunConfig, folder: Path, log: MetricsLog, device: torch
         dist.barrier()
         tok = Tokenizer.load(path)
     else:
-        tok = load(config.teacher.init, dense=True).tokenizer
+        tok = load_to_train(config.teacher.init, dense=True).tokenizer
         if config.data.has_problems and not tok.thinks:
             tok = with_thinking(tok)
     sized = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tok.vocab_size))
@@ -207,7 +207,7 @@ def initial_student(config: RunConfig, model_config: DualBranchConfig, teacher: 
 def starting_point(config: RunConfig, teacher: DualBranchModel) -> DualBranchModel:
     """The model of `student.checkpoint`; where the slow branch is frozen, its fast branch beside this teacher's slow one: the same, or one fine-tuned from
     it (which is said, by a warning). Raises ValueError where it isn't what the config says, or predicts other tokens than the teacher."""
-    student = load(config.student.checkpoint, device=teacher.device, dtype=torch.float32).model
+    student = load_to_train(config.student.checkpoint, device=teacher.device, dtype=torch.float32).model
     if student.config != config.model:
         different = differences(to_dict(config.model), to_dict(student.config), "model.")
         raise ValueError(f"student.checkpoint {config.student.checkpoint} has other sizes than the config ({'; '.join(different)}); leave model out")

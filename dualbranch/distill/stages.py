@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualbranch.chat import chat_format, render_prompt
-from dualbranch.checkpoint import load
 from dualbranch.config import DualBranchConfig
 from dualbranch.data.corpora import load_corpus
 from dualbranch.data.packing import Rows
@@ -29,7 +28,7 @@ from dualbranch.data.tasks import TASKS
 from dualbranch.data.tasks.words import known_words
 from dualbranch.data.text import load_documents
 from dualbranch.distill import dist
-from dualbranch.distill.config import RunConfig
+from dualbranch.distill.config import RunConfig, load_to_train
 from dualbranch.distill.losses import LOGITS_AT_ONCE, align_loss, by_tokens, distill_loss, hard_loss, token_kl, token_loss
 from dualbranch.distill.sources import BatchSource, Prefetcher
 from dualbranch.distill.teacher_cache import TeacherCache
@@ -104,7 +103,7 @@ def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log, dev
     if t.init is None:
         model.init_weights(config.seed)
     else:
-        found = load(t.init, dtype=torch.float32, dense=True)
+        found = load_to_train(t.init, dtype=torch.float32, dense=True)
         model.load_state_dict(found.model.state_dict())
         if tok.thinks and not found.tokenizer.thinks:
             new = [tok.control["<think>"], tok.control["</think>"]]
@@ -120,7 +119,7 @@ def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log, dev
 
     def batch(step: int) -> Rows:
         if t.blend < 1 and step == t.step_back:
-            go_back(model, load(t.init, dtype=torch.float32, dense=True).model, t.blend, new)
+            go_back(model, load_to_train(t.init, dtype=torch.float32, dense=True).model, t.blend, new)
         if step >= t.first_decision and config.data.has_problems and not data.needs_thinking:
             if not assessment(folder):
                 assess(snapshot(model), tok, data, t.n_assess, folder / ASSESSMENT, log)
@@ -223,9 +222,7 @@ def direct_answers(model: DualBranchModel, tok: Tokenizer, problems: list[Proble
     return right
 
 
-def train_student(
-    config: RunConfig, tok: Tokenizer, teacher: DualBranchModel, student: DualBranchModel, folder: Path, log: Log, name: str
-) -> DualBranchModel:
+def train_student(config: RunConfig, tok: Tokenizer, teacher: DualBranchModel, student: DualBranchModel, folder: Path, log: Log, name: str) -> DualBranchModel:
     """Distils `teacher` into `student` under mixed routes (dense students have only one). Mutates `student`.
 
     Losses: soft labels, hard labels, and the alignment of the routed stream with the teacher's where both are equally wide.
