@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from strict_steps import strict_steps
 
 from dualbranch import infer
 from dualbranch.chat import split_reply
@@ -19,7 +20,6 @@ from dualbranch.cli import main as cli_main
 from dualbranch.conversation import Conversation
 from dualbranch.generate import generate
 from dualbranch.precision import quantize
-from dualbranch.runner import plain_steps
 from dualbranch.sampling import SamplingParams
 
 ROOT = Path(__file__).parent.parent
@@ -123,7 +123,7 @@ def test_precision_rounds_the_weights_and_says_how_to_make_it_fast(cli, tiny, tm
 
 def test_compiled_code_for_int8_alone_makes_int8_the_default(cli, monkeypatch):
     monkeypatch.setattr("dualbranch.compiled.is_built", lambda model, precision: precision == "int8")
-    monkeypatch.setattr("dualbranch.compiled.load_steps", plain_steps)
+    monkeypatch.setattr("dualbranch.compiled.load_steps", strict_steps)
     code, out, err = cli(*ask("--mode", "think"))
     assert code == 0 and "rounded to int8" in err
     assert "rounded" not in cli(*ask("--mode", "think", "--no-compile"))[2]

@@ -3,15 +3,15 @@
 import pytest
 import torch
 from conftest import make_tiny_model, make_tiny_tokenizer
+from strict_steps import strict_steps
 from test_runner import DIALECTS
 
 from dualbranch.cache import KVCache
 from dualbranch.model import ROUTES
 from dualbranch.packed import FEW
 from dualbranch.precision import quantize
-from dualbranch.prompt import ModuleStep
 from dualbranch.routing_study import ablated
-from dualbranch.runner import Runner, plain_steps
+from dualbranch.runner import Runner
 from kernels import SparseSpec
 
 PRECISIONS = ["int8", "int4", "bf16", "slow=int8", "fast=int8", "slow=int8,fast=int4", "int8-dynamic", "slow=int8-dynamic,fast=int8"]
@@ -24,11 +24,10 @@ def quantized(precision, **overrides):
 
 def noting(model, calls):
     """The plain steps of `model`, of which those of prompts note their names."""
-    steps = plain_steps(model)
+    steps = strict_steps(model)
 
     def noted(name, step):
-        of_prompts = isinstance(step, ModuleStep) and name not in ("embed", "logits")
-        return (lambda *args: calls.append(name) or step(*args)) if of_prompts else step
+        return (lambda *args: calls.append(name) or step(*args)) if name.startswith(("keys", "queries", "rest")) else step
 
     return {name: noted(name, step) for name, step in steps.items()}
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from conftest import make_tiny_model, make_tiny_tokenizer
+from strict_steps import strict_steps
 
 from dualbranch.checkpoint import save_checkpoint
 from dualbranch.model import DualBranchModel
 from dualbranch.precision import quantize
-from dualbranch.runner import Runner, plain_steps
+from dualbranch.runner import Runner
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -20,7 +21,7 @@ import rows
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
     def compile_decode(model):
-        model.runner = Runner(model, plain_steps(model))
+        model.runner = Runner(model, strict_steps(model))
         return True
 
     monkeypatch.setattr(DualBranchModel, "compile_decode", compile_decode)

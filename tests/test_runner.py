@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import make_tiny_model, make_tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strict_steps import strict_steps
 
 from dualbranch import compiled, memory
 from dualbranch.cache import CacheFull, KVCache
@@ -39,7 +40,7 @@ DIALECTS = {
 
 def uncompiled(model):
     """With the runner's steps as plain operators."""
-    model.runner = Runner(model, plain_steps(model))
+    model.runner = Runner(model, strict_steps(model))
     return model
 
 
@@ -84,7 +85,7 @@ def test_only_few_cached_tokens_without_gradient_are_the_runners(monkeypatch, un
     monkeypatch.setattr("dualbranch.runner.has_bf16_units", lambda device: units)
     of_packed = (FEW, FEW) if units else (FEW_OF_A_ROW, FEW_OF_ROWS)
     for model, few, of_rows in ((make_tiny_model(400), FEW_IN_FP32, FEW_IN_FP32), (quantize(make_tiny_model(400), "int8"), *of_packed)):
-        calls, steps = [], plain_steps(model)
+        calls, steps = [], strict_steps(model)
         model.runner = Runner(model, {name: lambda *a, name=name, steps=steps, calls=calls: calls.append(name) or steps[name](*a) for name in steps})
         one, cache, rows = torch.tensor([[20]]), model.new_cache(1, 64), model.new_cache(of_rows + 1, 16)
         model(one, cache=cache)  # with gradients enabled
@@ -245,7 +246,7 @@ def test_libraries_are_told_apart_by_everything_their_code_depends_on(monkeypatc
 @pytest.mark.skipif(unavailable(make_tiny_model(400)) is not None, reason="no C++ compiler")
 def test_quantized_weights_are_not_decoded_by_the_runner_of_the_old_ones():
     model = make_tiny_model(400)
-    model.runner = Runner(model, plain_steps(model))
+    model.runner = Runner(model, strict_steps(model))
     quantize(model, "int4")
     assert model.runner is None
 
@@ -259,7 +260,7 @@ def test_weights_moved_or_replaced_are_not_decoded_by_the_runner_of_the_old_ones
             return model(tokens, cache=model.new_cache(1, 8)).logits
 
     for change in (lambda: model.load_state_dict(other.state_dict(), assign=True), model.double, model.float):
-        model.runner = Runner(model, plain_steps(model))
+        model.runner = Runner(model, strict_steps(model))
         change()
         assert model.runner is None
     torch.testing.assert_close(next_logits(), other(tokens).logits)
@@ -274,7 +275,7 @@ def test_more_sinks_than_cached_tokens_are_clamped():
     tokens = torch.randint(10, 400, (1, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(tokens, "fast").logits
-        model.runner = Runner(model, plain_steps(model))
+        model.runner = Runner(model, strict_steps(model))
         cache = model.new_cache(1, 20)
         found = [model(tokens[:, :12], "fast", cache=cache).logits, *(model(tokens[:, i : i + 1], "fast", cache=cache).logits for i in range(12, 20))]
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-5)
@@ -320,7 +321,7 @@ def test_plain_steps_of_norms_leave_the_model_movable(monkeypatch):
         monkeypatch.setattr(f"dualbranch.{module}.has_bf16_units", lambda device: True)
     model = quantize(make_tiny_model(400), "int8")
     for _ in range(2):
-        steps = plain_steps(model)
+        steps = strict_steps(model)
         model.runner = Runner(model, steps)
         assert "norm" in steps and set(model.state_dict()) == set(quantize(make_tiny_model(400), "int8").state_dict())
         model.to("cpu")
@@ -553,7 +554,7 @@ def test_sizes_that_vary_are_those_of_any_model():
 def test_a_cache_in_another_dtype_is_not_for_compiled_steps():
     model, tokens = quantize(make_tiny_model(400), "int8"), torch.arange(20, 41)[None]
     cache, expected = KVCache(model.config, 1, 64), model(tokens, cache=KVCache(model.config, 1, 64)).logits[:, 20:]
-    calls, steps = [], plain_steps(model)
+    calls, steps = [], strict_steps(model)
     model.runner = Runner(model, steps | {"slow": lambda *args: calls.append(args) or steps["slow"](*args)})
     model(tokens[:, :20], cache=cache)
     torch.testing.assert_close(model(tokens[:, 20:], cache=cache).logits, expected)
@@ -565,7 +566,7 @@ def test_a_cache_in_another_dtype_is_not_for_compiled_steps():
 @torch.no_grad()
 def test_steps_get_tensors_as_they_were_compiled_for():
     model = make_tiny_model(400)
-    x, steps, seen = torch.randn(400, 32), plain_steps(model), []
+    x, steps, seen = torch.randn(400, 32), strict_steps(model), []
     expected = model.logits(x[0])
     model.runner = Runner(model, {name: lambda *args, step=step: seen.append(args[1:]) or step(*args) for name, step in steps.items()})
     torch.testing.assert_close(model.logits(x[0]), expected)

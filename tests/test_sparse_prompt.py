@@ -5,9 +5,10 @@ import torch
 from conftest import make_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strict_steps import strict_steps
 
 from dualbranch import sparse_prompt
-from dualbranch.runner import Runner, plain_steps
+from dualbranch.runner import Runner
 from dualbranch.sparse_prompt import AHEAD, BLOCKS, GROUP, QUERIES, TILE, Choose, SparsePrompt, best, serves
 from kernels import AttentionPlan, SparseSpec, pool_keys, reference, select_blocks
 from kernels.blockwise.sparse import FEW_QUERIES
@@ -124,7 +125,7 @@ def test_it_serves_rows_of_one_document_in_order_and_rules_that_choose():
 def test_a_model_reads_long_prompts_through_them_and_answers_the_same(route):
     model, how = make_tiny_model(400), {"threshold": 0.5} if route == "auto" else {}
     tokens = torch.randint(10, 400, (1, 90), generator=torch.Generator().manual_seed(1))
-    steps, calls = plain_steps(model), []
+    steps, calls = strict_steps(model), []
     with torch.no_grad():
         expected, g = model(tokens, route, **how).logits, model(tokens, "auto", threshold=0.5).g
         assert ((g < 0.5).any() and (g >= 0.5).any()) or route == "fast", "auto has to split the prompt"

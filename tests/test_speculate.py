@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import make_tiny_model, spared
 from public_models import tokenizer_of
+from strict_steps import strict_steps
 
 from dualbranch import infer, speculate
 from dualbranch.accounting import token_flops
@@ -19,7 +20,7 @@ from dualbranch.generate import decode, generate, generate_batch, prompt_ids, st
 from dualbranch.modes import Phase, ThinkingController, resolve, token_rules
 from dualbranch.packed import product_dtype
 from dualbranch.precision import quantize
-from dualbranch.runner import Runner, plain_steps
+from dualbranch.runner import Runner
 from dualbranch.sampling import SamplingParams, filtered_probs, token_probs
 from dualbranch.speculate import MAX_DRAFT, DraftLength, accept
 from kernels import SparseSpec
@@ -370,7 +371,7 @@ def test_generate_and_stream_speculate_on_request(tiny):
 def test_decoding_by_a_runner_the_reply_is_the_plain_one_at_any_precision_and_a_warning_says_what_it_costs(tiny, caplog):
     tok = tiny[1]
     model = quantize(related_model(tok.vocab_size, 0.1), "int8")
-    model.runner = Runner(model, plain_steps(model))
+    model.runner = Runner(model, strict_steps(model))
     speculate._warn_once.cache_clear()
     for text in TEXTS[:2]:
         plain, got = (generate(LoadedModel(model, tok), text, "think", max_tokens=40, speculate=s) for s in (False, True))
