@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from dualbranch.infer import INTERRUPTED, USAGE_ERROR, one_line
+from dualbranch.infer import guarded
 
 #: Name -> module in `dualbranch.commands` and what `dualbranch --help` says of it.
 COMMANDS = {
@@ -28,17 +28,12 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `argv` (None: the process's arguments); returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def command() -> int:
         args = build_parser(argv[0] if argv else None).parse_args(argv)
         return args.run(args)
-    except SystemExit as stop:  # --help, or usage
-        return int(stop.code or 0)
-    except (ValueError, OSError) as error:
-        print(one_line(error), file=sys.stderr)
-        return USAGE_ERROR
-    except KeyboardInterrupt as stopped:
-        print(f"\n{stopped}", file=sys.stderr)
-        return INTERRUPTED
+
+    return guarded(command)
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:

@@ -23,7 +23,7 @@ from dualbranch.chat import Reply, render_prompt, split_reply
 from dualbranch.config import DualBranchConfig
 from dualbranch.model import DualBranchModel, ModelOutput
 from dualbranch.modes import Mode, Phase, ThinkingController, default_mode, fitted, resolve, token_rules
-from dualbranch.sampling import GREEDY, SamplingParams, sample
+from dualbranch.sampling import GREEDY, SamplingParams, check_integer, sample
 
 if TYPE_CHECKING:
     from dualbranch.checkpoint import LoadedModel
@@ -229,6 +229,8 @@ def start(model: DualBranchModel, tok: Tokenizer, prompts: Sequence[Sequence[int
     when_to_think = () if calibration is None else (calibration.think_threshold, calibration.direct_confidence)
     sequences = []
     for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            raise ValueError(f"prompt {i} is text; give its token ids (render_prompt makes them from messages)")
         prompt = list(prompt)
         if not prompt:
             raise ValueError(f"prompt {i} is empty; it needs at least <bos> (render_prompt makes one from messages)")
@@ -238,7 +240,7 @@ def start(model: DualBranchModel, tok: Tokenizer, prompts: Sequence[Sequence[int
         if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             raise ValueError(f"prompt {i} holds token ids outside [0, {model.config.vocab_size}); was it made by another tokenizer?")
         controller = ThinkingController(rules, mode, min(params.max_tokens, room), *when_to_think)
-        sequences.append(Pending(prompt, controller, torch.Generator().manual_seed((params.seed + i) % 2**63)))
+        sequences.append(Pending(prompt, controller, torch.Generator().manual_seed((int(params.seed) + i) % 2**63)))
     return sequences
 
 
@@ -391,6 +393,7 @@ def generate_batch(
     `packed.product_dtype`).
     Raises ValueError and PromptTooLong as `start` does, before anything is computed.
     """
+    check_integer("batch_size", batch_size)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     mode = resolve(mode)
@@ -414,10 +417,12 @@ def stream(
     """Events of one reply, token by token; the last carries the `Generation`. Raises at once what `start` raises.
 
     `speculate`, for route slow: the fast branch drafts and the slow one verifies (`speculate.py`); ValueError where that can't be.
-    With `cache` (one row), its first `n_reuse` tokens must be those of the prompt, and at least one prompt token must be new; the
-    cache is truncated to them and then advanced. Stop iterating whenever you like: the cache holds what was computed.
+    With `cache` (one row), its first `n_reuse` tokens must be those of the prompt, on route slow computed by the slow branch, and at least one prompt
+    token must be new; the cache is truncated to them and then advanced. Stop iterating whenever you like: the cache holds what was computed.
     """
     mode = resolve(mode)
+    if cache is None and n_reuse:
+        raise ValueError(f"n_reuse is {n_reuse} without a cache; give the cache that holds the prompt's first tokens")
     (pending,) = start(model, tok, [prompt_ids], mode, params)
     if speculate:
         from dualbranch import speculate as speculation
@@ -429,6 +434,8 @@ def stream(
         if not 0 <= n_reuse < len(pending.prompt) or n_reuse > int(cache.n_cached[0]):
             n_cached = int(cache.n_cached[0])
             raise ValueError(f"n_reuse is {n_reuse}; it must be below the prompt's {len(pending.prompt)} tokens and at most the {n_cached} cached")
+        if mode.route == "slow" and not bool(cache.from_slow[0, :n_reuse].all()):
+            raise ValueError(f"n_reuse is {n_reuse}, and not all of these tokens were computed by the slow branch; reuse those before the first fast one")
         cache.truncate(n_reuse)
         pending.n_reused = n_reuse
         pending.use_slow = cache.from_slow[0, :n_reuse].tolist()
@@ -448,7 +455,7 @@ def _events(model: DualBranchModel, tok: Tokenizer, pending: Pending, steps: Ite
             piece += text.flush()
         generation = pending.result(model, tok) if pending.done else None
         held.append(Event(token, piece, phase, pending.use_slow[-1], pending.g, generation))
-        if not pending.controller.trying:
+        if not pending.controller.trying and pending.controller.phase is not Phase.DECIDE:  # a frame's first tokens come before a try
             yield from held
             held = []
 

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -94,22 +94,37 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command on `argv` (None: the process's arguments) and returns its exit code. Reads stdin, writes stdout and stderr."""
-    for out in (sys.stdout, sys.stderr):
-        if hasattr(out, "reconfigure"):
-            out.reconfigure(errors="replace")  # a terminal that can't show a character should not end the reply
+    return guarded(lambda: run(build_parser().parse_args(argv)))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """The exit code of `command`; where it fails by what the user can mend, one line on stderr and code 2, after Ctrl-C 130. Opens standard streams that are
+    closed, so that each can be read or written."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started the process
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  (for as long as the process runs)
+        with contextlib.suppress(AttributeError, OSError):  # other kinds of streams; one that was read from
+            # Neither a character that a terminal can't show nor bytes that are no text should end the process: the latter are refused as a prompt.
+            getattr(sys, name).reconfigure(errors="surrogateescape" if name == "stdin" else "replace")
     try:
-        return run(build_parser().parse_args(argv))
-    except SystemExit as stop:  # --help
+        try:
+            return command()
+        finally:
+            sys.stdout.flush()  # a full disk and a closed pipe show here at the latest
+    except SystemExit as stop:  # --help, or usage
         return int(stop.code or 0)
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # `python infer.py | head`
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):  # nor would it when Python ends
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # `python infer.py | head`
             return 0
         print(one_line(error), file=sys.stderr)
         return USAGE_ERROR
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"\n{stopped}" if str(stopped) else "", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -173,7 +188,7 @@ def load_model(path_or_name: str | None, device: str | None, accept_terms: bool 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # how torch says that it knows no such device, or has none
         raise ValueError(f"--device {device} can't be used here ({str(error).splitlines()[0]}); give cpu, or leave it out") from error
     loaded = checkpoint.load(path_or_name, device=device, accept_terms=accept_terms)
@@ -362,6 +377,10 @@ class Session:
     budget: float | None
     thinking_budget: int | None
 
+    @property
+    def fast_only(self) -> bool:
+        return self.conversation.model.config.fast_only
+
     def set_mode(self, mode: Mode) -> None:
         budget = self.budget if mode.route == "auto" else None
         thinking_budget = self.thinking_budget if mode.thinking != "off" else None
@@ -375,7 +394,10 @@ class Session:
             self.conversation.reset()
             return "the conversation is forgotten."
         if command == "/mode":
-            self.set_mode(resolve(value))
+            mode = fitted(resolve(value), self.conversation.tokenizer)
+            if self.fast_only and mode.route != "fast":
+                raise ValueError(f"mode {mode.name} needs the slow branch, and the model has its fast branch alone: /mode fast")
+            self.set_mode(mode)
             return f"mode {self.mode.name}: route {self.mode.route}, thinking {self.mode.thinking}."
         if command == "/budget":
             try:
@@ -384,6 +406,8 @@ class Session:
                 raise ValueError(f"/budget takes a number in [0, 1], got {value!r}") from error
             if budget is not None:
                 check_budget(budget)
+            if self.fast_only:
+                raise ValueError("a budget has no effect: the model has its fast branch alone")
             self.budget = budget
             self.set_mode(self.mode)
             text = "the model's default" if budget is None else f"{budget:g}"

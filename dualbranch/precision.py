@@ -32,16 +32,21 @@ def parse_precision(text: str) -> dict[str, str]:
     """`"int8"` or `"slow=int8,fast=int4"` to a name of `BITS` per part; parts not named stay in fp32. Raises ValueError, naming what is known."""
     if not isinstance(text, str):
         raise ValueError(f"precision is {text!r}, needed a text such as int8")
+    if not text.strip():
+        raise ValueError(f"precision is empty; write one of {', '.join(BITS)}, or PART=..., for the parts {', '.join(PARTS)}")
     if "=" not in text:
         text = f"slow={text},fast={text},head={'int8' if text.strip() in ('int4', DYNAMIC) else text}"
-    names = dict.fromkeys(PARTS, "fp32")
+    names, named = dict.fromkeys(PARTS, "fp32"), set()
     for item in text.split(","):
         part, _, name = (x.strip() for x in item.partition("="))
         if part not in PARTS or name not in BITS:
             raise ValueError(f"precision {name or item!r} is unknown; write one of {', '.join(BITS)}, or PART=..., for the parts {', '.join(PARTS)}")
         if name == DYNAMIC and part == "head":
             raise ValueError(f"precision {item.strip()!r}: the head multiplies one token at a time, and {DYNAMIC} is for many; write head=int8")
+        if part in named:
+            raise ValueError(f"precision {text!r} names {part} twice; give each part one")
         names[part] = name
+        named.add(part)
     return names
 
 

@@ -18,6 +18,12 @@ def check_integer(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value!r}; it must be an integer")
 
 
+def check_number(name: str, value: object) -> None:
+    """Raises ValueError where `value` is no real number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} is {value!r}; it must be a number")
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is drawn. `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch their filter off.
@@ -36,6 +42,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("top_k", "seed", "max_tokens"):
             check_integer(name, getattr(self, name))
+        for name in ("temperature", "top_p", "min_p"):
+            check_number(name, getattr(self, name))
         if not (self.temperature >= 0.0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature is {self.temperature}; it must be finite and at least 0 (0 = greedy)")
         if self.top_k < 0:

@@ -96,9 +96,9 @@ def _header_of(file: BufferedReader, path: Path) -> dict[str, TensorEntry]:
     size = os.fstat(file.fileno()).st_size
     start = file.read(8)
     length = int.from_bytes(start, "little")
-    if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or start[:4] == b"PK\x03\x04":
-        raise CheckpointError(f"{path}: this is a pickle file, which can run code; it isn't read, give safetensors")
     if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_JSON):
+        if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or start[:4] == b"PK\x03\x04":  # lengths may begin so, too
+            raise CheckpointError(f"{path}: this is a pickle file, which can run code; it isn't read, give safetensors")
         raise CheckpointError(f"{path}: not a safetensors file, or truncated ({size} bytes); save it again")
     header = parse_json(path, file.read(length))
     if not isinstance(header, dict):

@@ -24,7 +24,8 @@ class PagedKV:
     page_table (B, n_pages_per_row) int32: -1 = none. Rows may share pages. Every key a query sees must have a page.
     pooled_pages (n_pages, page_size // block_size, Hk, D) fp32: mean key of each complete block; None where only dense attention reads.
     k_scale, v_scale (n_pages, Hk) fp32: what one int8 step is worth; exactly when the pages are int8.
-    Slots nobody sees, unused pages and unfinished pooled keys may hold anything, NaN included. Raises ValueError for parts that do not fit.
+    Slots before the first and after the last key that queries of a row see, unused pages and unfinished pooled keys may hold anything, NaN included.
+    Raises ValueError for parts that do not fit.
     """
 
     k_pages: Tensor

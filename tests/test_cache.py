@@ -73,6 +73,11 @@ def test_a_long_prompt_read_in_parts_gives_what_it_gives_in_one(tiny, monkeypatc
         torch.testing.assert_close(a[:, :68], b[:, :68], atol=1e-4, rtol=1e-4)
 
 
+def test_a_cache_larger_than_memory_says_how_large(tiny):
+    with pytest.raises(CacheFull, match=r"a cache of 1 x 17,?592,?186,?044,?416 tokens takes [\d,.]+ GB"):
+        tiny[0].new_cache(1, 1 << 44)
+
+
 @torch.no_grad()
 def test_a_prompt_in_parts_that_does_not_fit_leaves_the_cache_as_it_was(tiny, monkeypatch):
     monkeypatch.setattr("dualbranch.model.PROMPT_AT_ONCE", 16)

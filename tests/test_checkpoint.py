@@ -22,7 +22,7 @@ from dualbranch.config import DualBranchConfig
 from dualbranch.gate import Calibration
 from dualbranch.model import DualBranchModel
 from dualbranch.storage import CheckpointError, new_folder, write_text
-from dualbranch.tensor_file import load_tensors, save_tensors
+from dualbranch.tensor_file import load_tensors, load_weights, save_tensors
 from dualbranch.tokenizer import Tokenizer
 from dualbranch.training_state import load_latest_state, save_state
 
@@ -388,6 +388,15 @@ def test_a_link_to_a_whole_checkpoint_folder_is_fine(saved, tmp_path):
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580, 0x10280])
+def test_a_header_whose_length_begins_like_a_pickle_is_none(tmp_path, length):
+    weight = torch.arange(6.0).view(2, 3)
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).ljust(length).encode()
+    (tmp_path / "w.safetensors").write_bytes(length.to_bytes(8, "little") + header + weight.numpy().tobytes())
+    for read in (load_tensors, load_weights):
+        assert torch.equal(read(tmp_path / "w.safetensors")["w"], weight)
 
 
 def test_pickle_is_refused_and_never_executed(saved, tmp_path, monkeypatch):

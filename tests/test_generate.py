@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import make_tiny_model, spared
+from public_models import tokenizer_of
 
 from dualbranch.accounting import token_flops
 from dualbranch.chat import render_prompt, split_reply
@@ -16,7 +17,7 @@ from dualbranch.checkpoint import LoadedModel
 from dualbranch.conversation import Conversation
 from dualbranch.generate import REFILL_AT, Generation, PromptTooLong, decode, generate, generate_batch, prompt_ids, start, stream
 from dualbranch.modes import MIN_ROOM, MODES, Phase, ThinkingController, resolve, token_rules
-from dualbranch.sampling import SamplingParams
+from dualbranch.sampling import GREEDY, SamplingParams
 
 TEXTS = ["the sum", "how many apples are left after three people take two numbers?", "一共有多少个苹果", "what is " * 9, "a", "two numbers " * 5]
 
@@ -191,6 +192,37 @@ def test_second_looks_and_trials_are_the_same_in_a_batch_alone_and_streamed(tiny
         events = list(stream(model, tok, prompt, "auto", x))
         assert [e.token for e in events] == g.ids and events[-1].generation == g  # nothing dropped is ever shown
         assert "".join(e.piece for e in events if e.phase == "answer") == g.answer
+
+
+def test_dropped_answers_of_a_frame_that_begins_alike_leave_no_token_behind():
+    tok = tokenizer_of("qwen3")  # <think> opens reasoning, and an empty block of it skips it
+    model = make_tiny_model(tok.vocab_size)
+    model.calibration = dataclasses.replace(model.calibration, think_threshold=1.1, direct_confidence=0.99)  # always tries, nearly always doubts
+    conversation = Conversation(LoadedModel(model, tok))
+    for text in ("hi", "and then"):
+        begun = len(conversation.ids)
+        events = list(conversation.stream(text, "auto", SamplingParams(max_tokens=30)))
+        generation = events[-1].generation
+        assert generation.n_dropped and [e.token for e in events] == generation.ids
+        assert conversation.ids[begun:][-len(generation.ids) :] == generation.ids and int(conversation._cache.n_cached[0]) == len(conversation.ids) - 1
+
+
+def test_batches_of_other_things_are_refused_by_name(tiny):
+    for prompts, size, words in ((["hello"], 2, "prompt 0 is text; give its token ids"), ([[5]], 1.5, "batch_size is 1.5; it must be an integer")):
+        with pytest.raises(ValueError, match=words):
+            generate_batch(*tiny, prompts, "fast", GREEDY, size)
+
+
+@torch.no_grad()
+def test_what_is_reused_is_what_the_route_would_have_computed(tiny):
+    model, tok = tiny
+    prompt, cache = prompts_of(tok)[0], model.new_cache(1, 200)
+    list(stream(model, tok, prompt, "fast", SamplingParams(max_tokens=4), cache))
+    with pytest.raises(ValueError, match=r"n_reuse is 3, and not all of these tokens were computed by the slow branch"):
+        stream(model, tok, prompt, "think", GREEDY, cache, 3)
+    with pytest.raises(ValueError, match=r"n_reuse is 3 without a cache"):
+        stream(model, tok, prompt, "think", GREEDY, None, 3)
+    assert list(stream(model, tok, prompt, "fast", SamplingParams(max_tokens=4), cache, 3))
 
 
 def test_a_conversation_goes_on_after_dropped_answers_as_if_they_had_never_been(tiny):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import make_tiny_model
+from public_models import tokenizer_of
 from strict_steps import strict_steps
 
 from dualbranch import infer
@@ -18,6 +21,7 @@ from dualbranch.chat import split_reply
 from dualbranch.checkpoint import LoadedModel, load, save_checkpoint
 from dualbranch.cli import main as cli_main
 from dualbranch.conversation import Conversation
+from dualbranch.convert.export import fast_model
 from dualbranch.generate import generate
 from dualbranch.precision import quantize
 from dualbranch.sampling import SamplingParams
@@ -266,6 +270,24 @@ def test_the_script_runs_as_a_process_and_ends_quietly_when_its_reader_goes(run_
         assert "Traceback" not in process.stderr.read()
 
 
+@pytest.mark.parametrize(("ending", "code", "words"), [("| true", 0, ""), ("> /dev/full", 2, "error: [Errno 28] No space left on device\n")])
+@pytest.mark.parametrize("arguments", ["--mode fast --max-tokens 8 --prompt hi --json", "--help"])
+def test_what_cannot_be_written_at_the_end_is_noticed(run_folder, ending, code, words, arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    line = f"set -o pipefail; {sys.executable} {ROOT / 'infer.py'} {arguments} {ending}"
+    done = subprocess.run(["bash", "-c", line], cwd=run_folder, capture_output=True, text=True, timeout=600, env=environment)
+    assert (done.returncode, done.stderr) == (code, words)
+
+
+def test_standard_streams_may_be_closed(run_folder):
+    for closed, code in (("<&-", 2), (">&- --mode fast --max-tokens 8 --prompt hi", 0), ("2>&- --mode fast --max-tokens 8 --prompt hi --json", 0)):
+        line = f"{sys.executable} {ROOT / 'infer.py'} {closed}"
+        done = subprocess.run(["bash", "-c", line], cwd=run_folder, capture_output=True, text=True, timeout=600)
+        assert done.returncode == code and "Traceback" not in done.stderr
+        assert "--json" not in closed or json.loads(done.stdout)["answer"]
+    assert infer.main(["--prompt", "hi", "--device", "meta"]) == 2
+
+
 # ---- conversation
 
 
@@ -312,6 +334,17 @@ def test_mistakes_in_a_conversation_cost_a_message_each(talk):
     assert code == 0 and out.strip()
     assert err.count("error: ") == 5 and "Traceback" not in err
     assert len(session.conversation.messages) == 2
+
+
+def test_commands_offer_what_the_model_has(tiny):
+    session = infer.Session(Conversation(LoadedModel(fast_model(tiny[0]), tiny[1])), infer.resolve("fast"), None, None)
+    for command in (("/mode", "think"), ("/mode", "auto"), ("/budget", "0.3")):
+        with pytest.raises(ValueError, match="the model has its fast branch alone"):
+            session.obey(*command)
+    assert session.obey("/mode", "fast").startswith("mode fast")
+    tok = tokenizer_of("smollm2")
+    session = infer.Session(Conversation(LoadedModel(make_tiny_model(tok.vocab_size), tok)), infer.resolve("fast"), None, None)
+    assert session.obey("/mode", "think") == "mode think: route slow, thinking off."
 
 
 def test_ctrl_c_once_warns_twice_leaves_and_a_line_between_counts_anew(talk):

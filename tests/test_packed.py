@@ -153,7 +153,7 @@ def test_precision_by_part():
     assert parse_precision("int4") == {"slow": "int4", "fast": "int4", "head": "int8"}
     assert parse_precision("slow=bf16, fast=int4") == {"slow": "bf16", "fast": "int4", "head": "fp32"}
     assert parse_precision("int8-dynamic") == {"slow": "int8-dynamic", "fast": "int8-dynamic", "head": "int8"}
-    for wrong in ("int3", "slow=int3", "medium=int8", "", "slow=", None):
+    for wrong in ("int3", "slow=int3", "medium=int8", "", "slow=", "slow=int8,slow=int4", None):
         with pytest.raises(ValueError, match="precision"):
             parse_precision(wrong)
     for text, form in (("head=int8, fast=int8,slow=int8", "int8"), ("slow=int4,fast=int4,head=int8", "int4"), ("fast=int4,slow=int8", "slow=int8,fast=int4")):

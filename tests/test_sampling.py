@@ -108,6 +108,12 @@ def test_values_out_of_range_are_refused_by_name(wrong):
         SamplingParams(**wrong)
 
 
+@pytest.mark.parametrize("wrong", [{"temperature": "0.5"}, {"top_p": None}, {"min_p": True}])
+def test_shares_are_numbers(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*must be a number"):
+        SamplingParams(**wrong)
+
+
 @pytest.mark.parametrize("wrong", [{"top_k": 1.5}, {"seed": 0.5}, {"max_tokens": 10.5}, {"max_tokens": True}, {"top_k": "3"}])
 def test_counts_are_integers(wrong):
     (name,) = wrong
