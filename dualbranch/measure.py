@@ -68,7 +68,9 @@ def measure_speed(cases: Sequence[SpeedCase], text: Tensor, prompt_lengths: Sequ
     `text (n,)`: real tokens that all cases are fed, so each does the same work. Prompts too long for `text` or a model are left out.
     One warm-up repeat is thrown away.
     """
-    longest = min(len(text), *(c.model.config.max_seq_len for c in cases)) - n_decode
+    n_there = min(len(text), *(c.model.config.max_seq_len for c in cases))
+    n_decode = min(n_decode, max(1, n_there // 2))
+    longest = n_there - n_decode
     lengths = [n for n in prompt_lengths if n <= longest] or [max(1, longest)]
     times: dict[tuple[str, int], list[tuple[float, float]]] = {(c.name, n): [] for c in cases for n in lengths}
     slow_share: dict[tuple[str, int], float] = {}

@@ -334,7 +334,7 @@ class DualBranchModel(nn.Module):
             if self.calibration is None:
                 raise ValueError("route 'auto' needs a calibrated gate; train one (python train.py), or pass threshold=")
             threshold = self.calibration.threshold(self.calibration.default_budget if budget is None else budget)
-        return g, g < threshold
+        return g, (g >= threshold).logical_not()  # slow, should a gate give NaN
 
     @staticmethod
     def _partition(grid: Grid, whole: TokenGroup, route: str | Tensor, use_slow: Tensor) -> Partition:

@@ -6,6 +6,7 @@ import bz2
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,13 +123,49 @@ def test_a_student_heals_further_on_its_teacher_and_on_a_fine_tuned_one(converte
         for p in other.parameters():
             p += 0.01
     with pytest.warns(UserWarning, match="its slow branch isn't the teacher's"):
-        start, earlier = pipeline.starting_point(load_run(folder / "config.yaml"), other), load_checkpoint(converted / "gate")[0]
+        tok = load(public).tokenizer
+        start, earlier = pipeline.starting_point(load_run(folder / "config.yaml"), other, tok), load_checkpoint(converted / "gate")[0]
     assert torch.equal(start(t, "slow").logits, other(t).logits)
     moved = {n for n, p in start.named_parameters() if not torch.equal(p, earlier.get_parameter(n))}
     assert moved == {n for n, _ in start.named_parameters() if ".fast." not in n and not n.startswith("gate.")}
     for init, freeze in (("teacher", "false"), ("smaller", "true"), ("scratch", "false")):
         with pytest.raises(ConfigError, match="goes on with a student of the teacher"):
             load_run(folder / "config.yaml", [f"student.init={init}", f"student.freeze_slow={freeze}"])
+    dual_teacher = load(converted).model  # its own fast branch is not the one that goes on
+    start = pipeline.starting_point(load_run(folder / "config.yaml"), dual_teacher, tok)
+    assert all(torch.equal(p, earlier.get_parameter(n)) for n, p in start.named_parameters())
+    with pytest.raises(ValueError, match="another tokenizer than the teacher"):
+        pipeline.starting_point(load_run(folder / "config.yaml"), other, tokenizer_of("qwen3"))
+
+
+def test_a_student_of_other_sizes_heals_further_by_the_command(public, text_file, tmp_path):
+    settings = [x for s in SETTINGS if not s.startswith("model.") for x in ("--set", s)]
+    first = ["convert", str(public), "--text", str(text_file), "--fast-ff", "16", "--out", str(tmp_path / "first"), *settings]
+    assert cli(first) == 0
+    more = ["convert", str(public), "--text", str(text_file), "--set", f"student.checkpoint={tmp_path / 'first' / 'student'}", "--out", str(tmp_path / "more")]
+    assert cli([*more, *settings]) == 0
+    assert load(tmp_path / "more").model.config == load(tmp_path / "first").model.config
+
+
+def test_a_run_may_be_moved_and_go_on(converted, text_file, public, tmp_path):
+    shutil.copytree(converted, tmp_path / "moved")
+    again = ["convert", str(public), "--text", str(text_file), "--out", str(tmp_path / "moved"), "--resume"]
+    assert cli([*again, *(x for s in SETTINGS for x in ("--set", s))]) == 0
+
+
+def test_a_mistake_found_before_anything_was_made_is_mended_by_resuming(public, tmp_path, capsys):
+    (tmp_path / "one.txt").write_text("one document " * 40)
+    settings = [x for s in (*SETTINGS, "data.self_text=0") for x in ("--set", s)]
+    run = ["convert", str(public), "--text", str(tmp_path / "one.txt"), "--out", str(tmp_path / "run"), *settings]
+    assert cli([*run, "--set", "data.seq_len=1000"]) == 2
+    assert "data.seq_len is 1000, and the model reads 128 tokens" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert cli(run) == 2 and "no document falls into the text's" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "student").exists(), "nothing was trained on text that can't calibrate a gate"
+    assert cli([*run, "--set", "data.text_share=0.5", "--resume"]) == 2
+    assert "data.text_share is 0.5" in (err := capsys.readouterr().err) and "has no thinking mode" in err
+    (tmp_path / "two.txt").write_bytes(b"\xff")
+    assert cli(["convert", str(public), "--text", str(tmp_path), "--out", str(tmp_path / "other"), "--set", "data.seq_len=64"]) == 2
+    assert "two.txt" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_under_autocast_a_head_that_does_not_train_is_cast_once(public):
@@ -362,6 +399,12 @@ WRONG = ["eval nowhere --on text", "eval nowhere --on text nofile", "eval nowher
 def test_what_a_user_can_get_wrong_ends_in_one_line_and_code_2(argv, capsys):
     assert cli(argv) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_fast_branch_alone_is_refused_as_a_teacher(converted, text_file, tmp_path, capsys):
+    assert cli(["export", str(converted), "--branch", "fast", "--out", str(tmp_path / "fast")]) == 0
+    assert cli(["convert", str(tmp_path / "fast"), "--text", str(text_file), "--out", str(tmp_path / "run")]) == 2
+    assert "has its fast branch alone; training needs the model it was exported from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["teacher", "student"])

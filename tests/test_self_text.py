@@ -132,10 +132,10 @@ def test_the_pipeline_gives_the_student_its_teachers_text(teacher, tiny, few, tm
 
     save_checkpoint(tmp_path / "teacher", teacher, tiny[1])
     monkeypatch.setattr(pipeline, "make_student", student)
-    config = run_config(self_text=8 * 32)
+    config = run_config(self_text=24 * 8 * 32)
     config = replace(config, out=str(tmp_path), name="run", model=teacher.config, teacher=TeacherConfig(checkpoint=str(tmp_path / "teacher")))
     with pytest.raises(Enough):
         pipeline.run(config)
     with pytest.raises(Enough):
         pipeline.run(config, resume=True)
-    assert "self_text: 256" in (tmp_path / "run" / "config.yaml").read_text()
+    assert "self_text: 6144" in (tmp_path / "run" / "config.yaml").read_text()

@@ -21,8 +21,9 @@ from dualbranch.distill.main import main
 from dualbranch.distill.optim import Muon, lr_factor, orthogonalize
 from dualbranch.distill.sources import BatchSource, Prefetcher
 from dualbranch.distill.teacher_cache import TeacherCache
+from dualbranch.distill.trainer import NonFiniteLoss
 from dualbranch.model import DualBranchModel
-from dualbranch.schema import load_yaml
+from dualbranch.schema import ConfigError, load_yaml
 from dualbranch.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -366,6 +367,42 @@ def test_config_mistakes_are_one_line_errors(tmp_path, capsys):
     assert "juggling" in capsys.readouterr().err
     assert main([str(TINY), "--set", f"out={tmp_path}/b", "--set", "teacher.checkpoint=nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "student.routes=[0,0,0]", "student.routes=[.inf,0,0]", "data.levels_start=[0,0,0]", "data.levels_end=[0,0,0]", "gate.rows=0", "gate.lr=-1",
+        "gate.calibration_rows=0", "student.optim.lr=-1", "teacher.optim.lr=.nan", "teacher.optim.clip_norm=0", "student.optim.weight_decay=-5",
+        "student.optim.warmup=2", "student.optim.decay=-0.1", "teacher.optim.lr_other=-1", "student.refit_rows=0", "evaluation.max_tokens=1",
+    ],
+)  # fmt: skip
+def test_settings_that_no_stage_can_work_with_are_refused_by_name(tmp_path, setting):
+    with pytest.raises(ConfigError, match=setting.partition("=")[0].replace(".", r"\.")):
+        config(tmp_path, setting)
+
+
+def test_routes_are_compared_at_some_share(tmp_path):
+    assert config(tmp_path, "evaluation.routing_shares=[]")
+    with pytest.raises(ConfigError, match="at least one must lie between 0 and 1"):
+        config(tmp_path, "evaluation.routing_shares=[0,1]", "gate.default_budget=1")
+
+
+def test_a_teacher_goes_on_from_one_branch_of_its_own_sizes(finished, tmp_path):
+    with pytest.raises(ValueError, match=r"teacher.init .* has other sizes than the config \(model\.d_ff: .* leave model out"):
+        run_to_gate(config(tmp_path / "a", f"teacher.init={finished / 'teacher'}", "until=teacher", "model.d_ff=48"))
+    run_to_gate(config(tmp_path / "b", f"teacher.init={finished / 'gate'}", "teacher.steps=0", "until=teacher"))
+    made, dual = (load_checkpoint(folder)[0] for folder in (tmp_path / "b" / "tiny" / "teacher", finished / "gate"))
+    assert made.config.is_dense and all(torch.equal(p, dual.get_parameter(n)) for n, p in made.named_parameters())
+
+
+def test_a_gate_that_does_not_learn_stops_the_run_and_never_decides_for_fast(finished, tmp_path):
+    c, (model, tok) = config(tmp_path, "gate.lr=1e30"), load_checkpoint(finished / "student")
+    with pytest.raises(NonFiniteLoss, match=r"lower gate\.lr"):
+        stages.train_gate(c, tok, model, lambda record: None)
+    with torch.no_grad():
+        out = model(torch.arange(10, 20)[None], "auto", threshold=0.5)
+    assert out.g.isnan().all() and out.use_slow.all()
 
 
 def test_orthogonalize_brings_singular_values_near_one():

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     known = PIP_MODELS.get(args.model)
     base, rows, default, made = None, None, ("slow", "float32"), f"From `{args.model}`."
     if args.to == "delta":
-        base, rows, made = base_of(found)
+        base, rows, made = base_of(found, with_rows=args.dtype in (None, "int4"))
         known, default = PIP_MODELS.get(base[0]), ("dual", "int4")
     sizes = export(
         found.model, found.tokenizer, args.out, args.branch or default[0], args.to, args.dtype or default[1],
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def base_of(found: LoadedModel) -> tuple[tuple[str, LoadedModel], Rows, str]:
-    """Of a run that converted a model, out of its config: that model with its name, the text that calibrated it, and how it was made.
+def base_of(found: LoadedModel, with_rows: bool) -> tuple[tuple[str, LoadedModel], Rows | None, str]:
+    """Of a run that converted a model, out of its config: that model with its name, the text that calibrated it (`with_rows`), and how it was made.
 
     Raises ValueError where there is no such run.
     """
@@ -74,6 +74,8 @@ def base_of(found: LoadedModel) -> tuple[tuple[str, LoadedModel], Rows, str]:
         f"`{name}`, frozen, is the slow branch. The fast branch was cut out of it by importance, refitted in closed form, and distilled from it for"
         f" {config.student.steps:,} steps of {tokens:,} tokens on {'; '.join(texts) or 'generated problems'}."
     )
+    if not with_rows:
+        return (name, base), None, made
     config = self_text.with_self_text(config, run, base.model, base.tokenizer)
     return (name, base), stages.source(config, base.tokenizer, purpose=4).batch(0, n_rows=config.student.refit_rows), made
 

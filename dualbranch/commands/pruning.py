@@ -34,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
     if args.rows < 1:
         raise ValueError(f"--rows is {args.rows}, needed at least 1")
     found = load(args.model, dtype="float32", accept_terms=args.accept_gemma_terms, dense=True)
+    if args.seq_len > (longest := found.model.config.max_seq_len):
+        raise ValueError(f"--seq-len is {args.seq_len}, and the model reads {longest} tokens; give {longest} at most")
     documents = text_documents(found.tokenizer, tuple(args.text), () if args.text else ("wikipedia",), "train", args.seq_len)
     rows = pack(documents, args.seq_len, found.model.config.sparse.block_size, found.tokenizer.pad_id).map(lambda x: x[: args.rows])
     n_tokens = int(rows.real.sum())

@@ -83,6 +83,8 @@ def export(
         raise ValueError(f"this model is packed at {model.precision}; export the one it was quantized from, or all of it to safetensors")
     if to == "delta" and (branch != "dual" or base is None):
         raise ValueError("a delta is branch 'dual' without the model it was converted from; give that model as well")
+    if to == "delta" and model.calibration is None:
+        raise ValueError("the gate of this model isn't calibrated: its run stopped before that; finish the run (--resume), then export")
     check_vocab(model.config, tokenizer)
     name = name or folder.name
     # An empty folder stays the one it is: a mount point, perhaps, or a link to another disk.

@@ -101,7 +101,10 @@ def load_examples(tok: Tokenizer, paths: Paths, split: Split, seq_len: int) -> I
     """
     for document in _of_split(paths, split):
         if document.text is None:
-            yield render_messages(tok, document.messages)
+            try:
+                yield render_messages(tok, document.messages)
+            except ValueError as error:
+                raise ValueError(f"{document.source}: {error}") from error
         else:
             yield from windows(tok, document.text, seq_len)
 

@@ -74,6 +74,8 @@ class DataConfig:
             raise ValueError(f"{given} and data.text_share {self.text_share}; give text and a share, or neither")
         if bool(self.reasoning_gym) != (self.reasoning_gym_share > 0):
             raise ValueError(f"data.reasoning_gym is {list(self.reasoning_gym)} and reasoning_gym_share {self.reasoning_gym_share}; give both or neither")
+        for name in ("levels_start", "levels_end"):
+            check_weights(f"data.{name}", getattr(self, name))
 
     @property
     def has_problems(self) -> bool:
@@ -145,7 +147,7 @@ class StudentConfig:
     instead; its sizes are the student's. With "teacher" it is an earlier student of this teacher, or of one it was fine-tuned from, whose fast branches
     train on; with "smaller" a model of whatever sizes and the teacher's vocabulary, conventional ones too (a pruned one: `dualbranch prune`).
 
-    `freeze_slow` keeps the slow branch bit for bit. `routes`: shares of all-fast, mixed and all-slow batches. Loss weights: `soft` KL to
+    `freeze_slow`, of init "teacher", keeps the slow branch bit for bit. `routes`: shares of all-fast, mixed and all-slow batches. Loss weights: `soft` KL to
     the teacher at `temperature`, `hard` cross-entropy, `align` distance of the fast stream to the slow one.
     `distinct_batches` = n repeats the first n batches (0 = every step sees new ones); with `cache_logits` = k the teacher's top-k
     log-probabilities and tail mass are then stored on disk at the first visit and read at later ones (0 = computed each step).
@@ -211,21 +213,23 @@ class EvaluationConfig:
 RANGES = [
     *((path, 1, math.inf) for path in (
         "save_every", "tokenizer.n_problems", "data.seq_len", "data.batch_rows", "data.reasoning_gym_size", "teacher.n_assess", "teacher.optim.micro_batches",
-        "student.optim.micro_batches", "evaluation.n_problems", "evaluation.routing_rows", "evaluation.text_tokens", "evaluation.max_tokens",
-        "evaluation.batch_size",
+        "student.optim.micro_batches", "student.refit_rows", "gate.rows", "gate.calibration_rows", "evaluation.n_problems", "evaluation.routing_rows",
+        "evaluation.text_tokens", "evaluation.batch_size",
     )),
+    ("evaluation.max_tokens", 2, math.inf),
     ("evaluation.text_window", 3, math.inf),
     *((path, 0, math.inf) for path in (
         "threads", "data.self_text", "data.workers", "data.answer_weight", "data.levels_start", "data.levels_end", "teacher.steps", "teacher.n_solutions",
-        "student.steps", "student.routes", "student.soft", "student.hard", "student.align", "student.refit_rows", "student.distinct_batches",
-        "student.cache_logits", "gate.rows", "gate.steps", "gate.calibration_rows", "gate.n_problems", "evaluation.n_shifted",
-        "evaluation.n_recall",
+        "student.steps", "student.routes", "student.soft", "student.hard", "student.align", "student.distinct_batches",
+        "student.cache_logits", "gate.steps", "gate.lr", "gate.n_problems", "evaluation.n_shifted", "evaluation.n_recall",
+        *(f"{who}.optim.{what}" for who in ("teacher", "student") for what in ("lr", "lr_other", "weight_decay")),
     )),
     *((path, 0, 1) for path in (
         "data.text_share", "data.reasoning_gym_share", "data.thinking", "data.multi_turn", "data.curriculum", "teacher.decide",
         "teacher.blend", "teacher.blend_at", "gate.default_budget", "gate.direct_errors", "evaluation.budgets", "evaluation.routing_shares",
+        *(f"{who}.optim.{what}" for who in ("teacher", "student") for what in ("warmup", "decay")),
     )),
-    ("student.temperature", 1e-3, math.inf),
+    *((path, 1e-3, math.inf) for path in ("student.temperature", "teacher.optim.clip_norm", "student.optim.clip_norm")),
 ]  # fmt: skip
 
 
@@ -262,7 +266,10 @@ class RunConfig:
             raise ValueError(f"data.batch_rows ({self.data.batch_rows}) must be a multiple of every optim.micro_batches")
         if self.teacher.blend < 1 and self.teacher.init is None:
             raise ValueError(f"teacher.blend is {self.teacher.blend}, but there is no teacher.init to blend with; leave it out")
+        if not any(0 < share < 1 for share in (*self.evaluation.routing_shares, self.gate.default_budget)):
+            raise ValueError("evaluation.routing_shares and gate.default_budget: at least one must lie between 0 and 1, for routes to be compared at it")
         s = self.student
+        check_weights("student.routes", s.routes)
         if s.checkpoint and (s.init, s.freeze_slow) not in (("teacher", True), ("smaller", False)):
             raise ValueError(
                 f"student.checkpoint goes on with a student of the teacher (student.init: teacher, freeze_slow: true) or trains a smaller model whole"
@@ -281,6 +288,12 @@ class RunConfig:
     def self_text_folder(self) -> Path:
         """Where the text lies that the teacher writes (`data.self_text`)."""
         return self.folder / "self_text"
+
+
+def check_weights(path: str, weights: Sequence[float]) -> None:
+    """Raises ValueError for weights of which nothing can be drawn."""
+    if not 0 < sum(weights) < math.inf:
+        raise ValueError(f"{path} is {list(weights)}; the sum must be finite and above 0")
 
 
 def check_ranges(config: RunConfig) -> None:
@@ -330,13 +343,27 @@ def config_of_checkpoint(path_or_name: str) -> DualBranchConfig:
 
 
 def load_to_train(path_or_name: str, **how: Any) -> LoadedModel:
-    """As `dualbranch.load(path_or_name, **how)`. Raises ValueError also for packed weights: they don't train, and fit no model that does."""
+    """As `dualbranch.load(path_or_name, **how)`. Raises ValueError also for packed weights, which don't train and fit no model that does, and for a fast
+    branch alone."""
     from dualbranch.checkpoint import load
 
     loaded = load(path_or_name, **how)
     if loaded.model.precision != "fp32":
         raise ValueError(f"{path_or_name} is packed at {loaded.model.precision}; training needs the one it was quantized from")
+    if loaded.model.config.fast_only:
+        raise ValueError(f"{path_or_name} has its fast branch alone; training needs the model it was exported from")
     return loaded
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """The settings in which two resolved configs differ, as `path: old -> new`."""
+    found = []
+    for key in new:
+        if isinstance(new[key], dict) and isinstance(old.get(key), dict):
+            found += differences(old[key], new[key], f"{prefix}{key}.")
+        elif old.get(key) != new[key]:
+            found.append(f"{prefix}{key}: {old.get(key)} -> {new[key]}")
+    return found
 
 
 def branch_for(c: DualBranchConfig) -> dict[str, Any]:

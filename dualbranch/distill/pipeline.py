@@ -18,15 +18,17 @@ import torch
 from dualbranch import accounting
 from dualbranch.checkpoint import load_checkpoint, save_checkpoint
 from dualbranch.config import DualBranchConfig
+from dualbranch.convert.export import slow_model
 from dualbranch.data.corpora import CORPORA
 from dualbranch.data.reasoning_gym import reasoning_gym_problems
 from dualbranch.data.text import read_documents
 from dualbranch.distill import dist, stages
-from dualbranch.distill.config import RunConfig, load_to_train, slow_sizes
+from dualbranch.distill.config import RunConfig, differences, load_to_train, slow_sizes
 from dualbranch.distill.cut import init_from_teacher
 from dualbranch.distill.self_text import with_self_text
 from dualbranch.distill.self_training import with_solutions
 from dualbranch.distill.trainer import MetricsLog
+from dualbranch.dynamic import CALIBRATION_TEXT
 from dualbranch.evaluate import run_evaluation
 from dualbranch.model import DualBranchModel
 from dualbranch.report import write_report
@@ -35,6 +37,9 @@ from dualbranch.storage import write_text
 from dualbranch.text_eval import read_text
 from dualbranch.tokenizer import Tokenizer
 from dualbranch.tokenizer_hf import with_thinking
+
+#: Texts by which tokenizers are told apart. (Not by their hashes: one that was taught to think reads text as it did.)
+PROBES = ("The quick brown fox jumps over 12 lazy dogs, don't you think?", "鸡兔同笼，共134个头。", CALIBRATION_TEXT)
 
 
 class RunExists(ValueError):
@@ -57,7 +62,14 @@ def run(config: RunConfig, resume: bool = False) -> Path:
     teacher, tok = make_teacher(config, folder, log, device)
     if config.until == "teacher":
         return folder
+    if config.data.has_problems and not tok.thinks:
+        raise ValueError(
+            f"data.text_share is {config.data.text_share:g}, so there are problems with reasoning, and {config.teacher.checkpoint} has no thinking mode;"
+            " set data.text_share to 1, or teach it one first (teacher.init, as in configs/smollm2-reason.yaml)"
+        )
     config = with_solutions(with_self_text(config, folder, teacher, tok), folder, teacher, tok, log)
+    if not config.data.has_problems and not (folder / "gate" / "done").exists():
+        stages.source(config, tok, "valid", purpose=3)  # what the gate is calibrated on: there must be some
     model_config = dataclasses.replace(config.model, vocab_size=teacher.config.vocab_size)
     student = make_student(config, model_config, folder / "student", "student", teacher, tok, log)
     dense = None
@@ -86,9 +98,12 @@ def choose_device(name: str) -> torch.device:
 
 def check_inputs(config: RunConfig) -> None:
     """Opens all that later stages will read. Raises ValueError for what is not there: hours later would be too late."""
-    d, e = config.data, config.evaluation
+    d, e, longest = config.data, config.evaluation, config.model.max_seq_len
+    if d.seq_len > longest:
+        raise ValueError(f"data.seq_len is {d.seq_len}, and the model reads {longest} tokens (max_seq_len); set data.seq_len to {longest} at most")
     for path in (*d.text, *d.solutions):
-        next(read_documents(path))
+        for _ in read_documents(path):
+            pass
     for path in (*e.text, *e.wikitext):
         read_text(path)
     if unknown := sorted(set(d.corpora) - set(CORPORA)):
@@ -103,7 +118,7 @@ def check_inputs(config: RunConfig) -> None:
 def settled(config: RunConfig, folder: Path) -> dict:
     """The settings that what `folder` holds depends on: a run can go on with other ones for what is not done yet, and for how it is done."""
     values = to_dict(config)
-    del values["until"], values["save_every"], values["data"]["workers"]
+    del values["until"], values["save_every"], values["data"]["workers"], values["out"], values["name"]  # a folder may be moved
     if not (folder / "gate" / "done").exists() and not (folder / "dense").exists():  # the dense student costs what the default budget does
         del values["gate"]
     if not (folder / "evaluation.json").exists():
@@ -120,7 +135,8 @@ def open_run(config: RunConfig, resume: bool) -> Path:
             if not resume:
                 raise RunExists(f"{folder} holds a run already; continue it with --resume, or start another with --set name=NEW")
             before, now = (settled(c, folder) for c in (load_yaml(saved, RunConfig), config))
-            if different := differences(before, now):
+            made = {path.name for path in folder.iterdir()} - {"config.yaml", "metrics.jsonl"}
+            if made and (different := differences(before, now)):
                 raise RunExists(f"{folder} was made with another config ({'; '.join(different[:4])}); undo that, or start another run with --set name=NEW")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -131,17 +147,6 @@ def open_run(config: RunConfig, resume: bool) -> Path:
             raise OSError(f"cannot write to the run folder {folder} ({error}); choose another with --set out=FOLDER") from error
     dist.barrier()
     return folder
-
-
-def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """The settings in which two resolved configs differ, as `path: old -> new`."""
-    found = []
-    for key in new:
-        if isinstance(new[key], dict) and isinstance(old.get(key), dict):
-            found += differences(old[key], new[key], f"{prefix}{key}.")
-        elif old.get(key) != new[key]:
-            found.append(f"{prefix}{key}: {old.get(key)} -> {new[key]}")
-    return found
 
 
 def stage(folder: Path, tok: Tokenizer, device: torch.device, make: Callable[[], DualBranchModel]) -> DualBranchModel:
@@ -186,7 +191,7 @@ def make_student(
             different = differences(to_dict(slow_sizes(teacher.config)), to_dict(slow_sizes(model_config)), "model.")
             raise ValueError(f"student.init is 'teacher' but the sizes differ ({'; '.join(different)}); match them, or set student.init: smaller")
         if name == "student" and config.student.checkpoint is not None:
-            return stages.train_student(config, tok, teacher, starting_point(config, teacher), folder, log, name)
+            return stages.train_student(config, tok, teacher, starting_point(config, teacher, tok), folder, log, name)
         student = initial_student(config, model_config, teacher, tok)
         return stages.train_student(config, tok, teacher, student, folder, log, name)
 
@@ -204,17 +209,23 @@ def initial_student(config: RunConfig, model_config: DualBranchConfig, teacher: 
     return student
 
 
-def starting_point(config: RunConfig, teacher: DualBranchModel) -> DualBranchModel:
+def starting_point(config: RunConfig, teacher: DualBranchModel, tok: Tokenizer) -> DualBranchModel:
     """The model of `student.checkpoint`; where the slow branch is frozen, its fast branch beside this teacher's slow one: the same, or one fine-tuned from
     it (which is said, by a warning). Raises ValueError where it isn't what the config says, or predicts other tokens than the teacher."""
-    student = load_to_train(config.student.checkpoint, device=teacher.device, dtype=torch.float32).model
+    loaded = load_to_train(config.student.checkpoint, device=teacher.device, dtype=torch.float32)
+    student = loaded.model
     if student.config != config.model:
         different = differences(to_dict(config.model), to_dict(student.config), "model.")
         raise ValueError(f"student.checkpoint {config.student.checkpoint} has other sizes than the config ({'; '.join(different)}); leave model out")
     if student.config.vocab_size != teacher.config.vocab_size:
         raise ValueError(f"student.checkpoint has {student.config.vocab_size} tokens and the teacher {teacher.config.vocab_size}; they must share a vocabulary")
+    if any(loaded.tokenizer.encode(text) != tok.encode(text) for text in PROBES):
+        raise ValueError(
+            f"student.checkpoint {config.student.checkpoint} has another tokenizer than the teacher ({loaded.tokenizer.hash[:12]}, needed {tok.hash[:12]});"
+            " a student learns from a teacher that reads the same tokens"
+        )
     if config.student.freeze_slow:
-        own, of_teacher = student.state_dict(), teacher.state_dict()  # the teacher's has all but the fast branch and the gate
+        own, of_teacher = student.state_dict(), slow_model(teacher).state_dict()
         if not all(torch.equal(own[name], weight) for name, weight in of_teacher.items()):
             warnings.warn(f"student.checkpoint {config.student.checkpoint}: its slow branch isn't the teacher's; only its fast one goes on", stacklevel=2)
             student.load_state_dict(of_teacher, strict=False)

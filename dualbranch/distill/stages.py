@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dualbranch.chat import chat_format, render_prompt
 from dualbranch.config import DualBranchConfig
+from dualbranch.convert.export import slow_model
 from dualbranch.data.corpora import load_corpus
 from dualbranch.data.packing import Rows
 from dualbranch.data.problem import LANGS, LEVELS, Problem, sample_problem, verify
@@ -28,16 +29,17 @@ from dualbranch.data.tasks import TASKS
 from dualbranch.data.tasks.words import known_words
 from dualbranch.data.text import load_documents
 from dualbranch.distill import dist
-from dualbranch.distill.config import RunConfig, load_to_train
+from dualbranch.distill.config import RunConfig, differences, load_to_train, slow_sizes
 from dualbranch.distill.losses import LOGITS_AT_ONCE, align_loss, by_tokens, distill_loss, hard_loss, token_kl, token_loss
 from dualbranch.distill.sources import BatchSource, Prefetcher
 from dualbranch.distill.teacher_cache import TeacherCache
-from dualbranch.distill.trainer import Loop, mixed_precision, train
+from dualbranch.distill.trainer import Loop, NonFiniteLoss, mixed_precision, train
 from dualbranch.gate import Calibration
 from dualbranch.generate import generate_batch, prefill
 from dualbranch.model import DualBranchModel
 from dualbranch.modes import resolve
 from dualbranch.sampling import SamplingParams
+from dualbranch.schema import to_dict
 from dualbranch.storage import write_text
 from dualbranch.tokenizer import Tokenizer
 from dualbranch.training_state import load_latest_state
@@ -104,7 +106,11 @@ def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log, dev
         model.init_weights(config.seed)
     else:
         found = load_to_train(t.init, dtype=torch.float32, dense=True)
-        model.load_state_dict(found.model.state_dict())
+        try:
+            model.load_state_dict(slow_model(found.model).state_dict())
+        except RuntimeError as error:  # how torch says that they don't fit
+            different = differences(*(to_dict(slow_sizes(m.config)) for m in (found.model, model)), "model.")
+            raise ValueError(f"teacher.init {t.init} has other sizes than the config ({'; '.join(different[:4])}); leave model out") from error
         if tok.thinks and not found.tokenizer.thinks:
             new = [tok.control["<think>"], tok.control["</think>"]]
             start_tokens(model, new, config.seed)
@@ -119,7 +125,7 @@ def train_teacher(config: RunConfig, tok: Tokenizer, folder: Path, log: Log, dev
 
     def batch(step: int) -> Rows:
         if t.blend < 1 and step == t.step_back:
-            go_back(model, load_to_train(t.init, dtype=torch.float32, dense=True).model, t.blend, new)
+            go_back(model, slow_model(load_to_train(t.init, dtype=torch.float32, dense=True).model), t.blend, new)
         if step >= t.first_decision and config.data.has_problems and not data.needs_thinking:
             if not assessment(folder):
                 assess(snapshot(model), tok, data, t.n_assess, folder / ASSESSMENT, log)
@@ -361,6 +367,8 @@ def train_gate(config: RunConfig, tok: Tokenizer, model: DualBranchModel, log: L
             group["lr"] = c.lr * (1 - step / c.steps)
         pick = torch.randint(len(x), (min(len(x), 8192),), generator=rng)
         gate_loss = F.mse_loss(gate.need(x[pick]), target[pick])
+        if not torch.isfinite(gate_loss):
+            raise NonFiniteLoss(f"gate: the loss is {float(gate_loss.detach())} at step {step}; lower gate.lr (now {c.lr:g}), the student is kept")
         optimizer.zero_grad()
         gate_loss.backward()
         optimizer.step()
