@@ -18,7 +18,7 @@ from dualbranch.memory import in_huge_pages
 
 
 class CacheFull(ValueError):
-    """More tokens than the cache has room for; the message gives both counts."""
+    """More tokens than the cache, or memory, has room for; the message gives both counts, or the cache's size."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,18 @@ class KVCache:
         block = config.sparse.block_size
         self.config, self.capacity = config, -(-capacity // block) * block
         shape = (n_rows, config.n_kv_heads, self.capacity, config.head_dim)
-        n_bytes = math.prod(shape) * dtype.itemsize
+        pooled_shape = (n_rows, self.capacity // block, config.n_kv_heads, config.head_dim)
+        n_bytes, _ = math.prod(shape) * dtype.itemsize, torch.empty(0, device=device)  # an unknown device is another matter
         try:
             if torch.device(device).type == "cpu":
                 tensors = [t.view(dtype).view(shape) for t in in_huge_pages([n_bytes] * (2 * config.n_layers))]
             else:
                 tensors = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * config.n_layers)]
+            self.pooled = {i: torch.zeros(pooled_shape, device=device) for i in config.dual_layers if i not in config.sliding_layers}
         except (RuntimeError, MemoryError) as error:  # how torch says that there is no more memory
             size = f"{n_rows} x {self.capacity} tokens takes {2e-9 * config.n_layers * n_bytes:,.1f} GB"
-            raise CacheFull(f"a cache of {size}, and so much memory isn't free; ask for fewer tokens (max_tokens)") from error
+            raise CacheFull(f"a cache of {size}, and so much memory isn't free; ask for fewer tokens (max_tokens) or rows (batch_size)") from error
         self._take(list(zip(tensors[::2], tensors[1::2], strict=True)))
-        pooled_shape = (n_rows, self.capacity // block, config.n_kv_heads, config.head_dim)
-        self.pooled = {i: torch.zeros(pooled_shape, device=device) for i in config.dual_layers if i not in config.sliding_layers}
         self.n_cached = torch.zeros(n_rows, dtype=torch.int64)
         self.from_slow = torch.ones(n_rows, self.capacity, dtype=torch.bool)
 

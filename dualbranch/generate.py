@@ -455,7 +455,7 @@ def _events(model: DualBranchModel, tok: Tokenizer, pending: Pending, steps: Ite
             piece += text.flush()
         generation = pending.result(model, tok) if pending.done else None
         held.append(Event(token, piece, phase, pending.use_slow[-1], pending.g, generation))
-        if not pending.controller.trying and pending.controller.phase is not Phase.DECIDE:  # a frame's first tokens come before a try
+        if not pending.controller.may_be_dropped:
             yield from held
             held = []
 

@@ -108,24 +108,30 @@ def guarded(command: Callable[[], int]) -> int:
             getattr(sys, name).reconfigure(errors="surrogateescape" if name == "stdin" else "replace")
     try:
         try:
-            return command()
-        finally:
-            sys.stdout.flush()  # a full disk and a closed pipe show here at the latest
-    except SystemExit as stop:  # --help, or usage
-        return int(stop.code or 0)
+            code = command()
+        except SystemExit as stop:  # --help, or usage
+            code = int(stop.code or 0)
+        sys.stdout.flush()  # a full disk and a closed pipe show here at the latest
+        return code
     except (ValueError, OSError) as error:
-        try:
-            sys.stdout.flush()
-        except (OSError, ValueError):  # nor would it when Python ends
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_unwritten()
         if isinstance(error, BrokenPipeError):  # `python infer.py | head`
             return 0
         print(one_line(error), file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt as stopped:
+        _give_up_unwritten()
         print(f"\n{stopped}" if str(stopped) else "", file=sys.stderr)
         return INTERRUPTED
+
+
+def _give_up_unwritten() -> None:
+    """Drops what stdout can't write: Python would try again, and complain, when it ends."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(error: Exception) -> str:

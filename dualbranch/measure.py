@@ -65,7 +65,8 @@ def measure_speed(cases: Sequence[SpeedCase], text: Tensor, prompt_lengths: Sequ
     """Per case and prompt length: `first_token_ms` (prefill of one prompt up to its last logits), `prefill_tokens_per_s`, and
     `decode_tokens_per_s` of the next `n_decode` tokens, one by one.
 
-    `text (n,)`: real tokens that all cases are fed, so each does the same work. Prompts too long for `text` or a model are left out.
+    `text (n,)`: real tokens that all cases are fed, so each does the same work; of a short one half is decoded. Prompts too long for `text` or a model are
+    left out.
     One warm-up repeat is thrown away.
     """
     n_there = min(len(text), *(c.model.config.max_seq_len for c in cases))

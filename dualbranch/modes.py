@@ -241,6 +241,11 @@ class ThinkingController:
         """Whether the next token is one that an answer, so far only tried, is judged by."""
         return self.trying and not self._queue
 
+    @property
+    def may_be_dropped(self) -> bool:
+        """Whether what there is of the reply may yet be dropped: an answer that is only tried, or what of a frame comes before one."""
+        return self.trying or (self.phase is Phase.DECIDE and self.mode.thinking == "auto" and not self.reconsidered)
+
     def doubts(self, p: float) -> bool:
         """Whether an answer that is only tried must be dropped, its next token having the probability `p`."""
         return self.on_trial and p < self.direct_confidence

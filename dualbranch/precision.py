@@ -114,7 +114,7 @@ def _replace_matrices(model: DualBranchModel, precision: str, keep_values: bool)
     if model.precision != "fp32":
         raise ValueError(f"this model is at precision {model.precision} already; quantize the one it was made from")
     if set(bits.values()) == {32}:
-        return model
+        return model.float()
     if model.config.is_dense and bits["slow"] == bits["head"] == 32:
         raise ValueError(f"precision {precision!r} is of the fast branch alone, and the model has none; write {names['fast']}, or slow=...")
     model.requires_grad_(False)

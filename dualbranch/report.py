@@ -6,6 +6,7 @@ data is missing becomes one line saying so.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -111,10 +112,10 @@ def missing(what: str, why: str) -> str:
 def read_records(path: Path) -> Iterator[dict]:
     """What a run logged; a line cut short is skipped."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                yield record
 
 
 def read_metrics(path: Path) -> dict[str, list[dict]]:

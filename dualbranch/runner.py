@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 PIECES = 8
 #: For up to so many query heads that share keys, a loop sums two halves of the values' columns in a turn: more sums would not fit a CPU's 16 registers.
 FEW_HEADS = 3
-#: Most new tokens of one row, and of several that get one each, that a model of packed matrices computes one by one: a pass of all of them unpacks every
-#: matrix first, and leaves attention to PyTorch's operators, for the time of more tokens than these (docs/experiments.md, with AVX2). Where a CPU has units
-#: for bf16, in which such a pass takes half of the time: FEW. In fp32, where nothing is unpacked but products of few rows are slow: FEW_IN_FP32.
+#: Up to so many new tokens, of one row or one each of several rows, go one by one: that takes less time than one pass of all, which unpacks every packed
+#: matrix first (docs/experiments.md, with AVX2). FEW where a CPU has units for bf16, in which a pass takes half as long; FEW_IN_FP32 where nothing is packed.
 FEW_OF_A_ROW, FEW_OF_ROWS, FEW_IN_FP32 = 16, 32, 4
 #: More keys than any model reads densely by rule.
 MANY = 1 << 62
@@ -237,8 +236,8 @@ def plain_steps(model: DualBranchModel) -> dict[str, nn.Module]:
 
 @dataclass
 class NewToken:
-    """A token on its way through the layers: its residual stream `x (1, E)`, the row of the cache that it goes into and where, what a step is told of that
-    (`BlockStep`), by whether it is sparse and by the kind of layer, and the branch that it takes."""
+    """A token on its way through the layers: its residual stream `x (1, E)`, the row of the cache and the slot that it goes into, what a step is told of that
+    (`BlockStep`): `reach` of dense and sparse steps, `angles` of layers with and without a sliding window; and which branch it takes, once that is known."""
 
     x: Tensor
     row: KVCache

@@ -170,7 +170,10 @@ def evaluate_texts(
     """`{name: {"n_tokens", "n_bytes", "window", "routes": text_quality(...)}}` of each of `texts`; `note` hears of each."""
     found = {}
     for name, parts in texts.items():
-        windows = cut_windows(tok, parts, window, max_tokens)
+        try:
+            windows = cut_windows(tok, parts, window, max_tokens)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         records = text_quality(model, windows, budgets)
         note(name, records)
         found[name] = {"n_tokens": windows.n_tokens, "n_bytes": windows.n_bytes, "window": window, "routes": records}

@@ -134,7 +134,7 @@ def test_a_student_heals_further_on_its_teacher_and_on_a_fine_tuned_one(converte
     dual_teacher = load(converted).model  # its own fast branch is not the one that goes on
     start = pipeline.starting_point(load_run(folder / "config.yaml"), dual_teacher, tok)
     assert all(torch.equal(p, earlier.get_parameter(n)) for n, p in start.named_parameters())
-    with pytest.raises(ValueError, match="another tokenizer than the teacher"):
+    with pytest.raises(ValueError, match="a tokenizer that reads text otherwise than the teacher's"):
         pipeline.starting_point(load_run(folder / "config.yaml"), other, tokenizer_of("qwen3"))
 
 
@@ -163,8 +163,16 @@ def test_a_mistake_found_before_anything_was_made_is_mended_by_resuming(public, 
     assert not (tmp_path / "run" / "student").exists(), "nothing was trained on text that can't calibrate a gate"
     assert cli([*run, "--set", "data.text_share=0.5", "--resume"]) == 2
     assert "data.text_share is 0.5" in (err := capsys.readouterr().err) and "has no thinking mode" in err
-    (tmp_path / "two.txt").write_bytes(b"\xff")
-    assert cli(["convert", str(public), "--text", str(tmp_path), "--out", str(tmp_path / "other"), "--set", "data.seq_len=64"]) == 2
+    (tmp_path / "one.txt").write_text("\n<|endoftext|>\n".join(f"the user sees rain {i} " * 40 for i in range(60)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "train_student", lambda *args: (_ for _ in ()).throw(ValueError("a mistake named inside of a stage")))
+        assert cli([*run, "--resume"]) == 2 and "inside of a stage" in capsys.readouterr().err
+    assert (tmp_path / "run" / "student").is_dir()
+    assert cli([*run, "--set", "student.steps=2", "--resume"]) == 0, "an empty folder of a stage holds no work"
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "one.txt").write_text("a text that can be read")
+    (tmp_path / "texts" / "two.txt").write_bytes(b"\xff")
+    assert cli(["convert", str(public), "--text", str(tmp_path / "texts"), "--out", str(tmp_path / "other"), "--set", "data.seq_len=64"]) == 2
     assert "two.txt" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
@@ -399,6 +407,15 @@ WRONG = ["eval nowhere --on text", "eval nowhere --on text nofile", "eval nowher
 def test_what_a_user_can_get_wrong_ends_in_one_line_and_code_2(argv, capsys):
     assert cli(argv) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_part_that_is_no_table_is_refused_by_name(public, capsys):
+    assert cli(["convert", str(public), "--set", "student=foo"]) == 2 and "student" in capsys.readouterr().err
+
+
+def test_a_smaller_student_has_one_branch(converted, public, tmp_path, capsys):
+    assert cli(["convert", str(public), "--student", str(converted), "--out", str(tmp_path / "run")]) == 2
+    assert "has two branches" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_fast_branch_alone_is_refused_as_a_teacher(converted, text_file, tmp_path, capsys):

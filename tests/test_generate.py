@@ -204,6 +204,10 @@ def test_dropped_answers_of_a_frame_that_begins_alike_leave_no_token_behind():
         events = list(conversation.stream(text, "auto", SamplingParams(max_tokens=30)))
         generation = events[-1].generation
         assert generation.n_dropped and [e.token for e in events] == generation.ids
+        if text == "hi":  # where nothing can be dropped, nothing is held back
+            prompt, cache = prompt_ids(tok, text), model.new_cache(1, 100)
+            next(stream(model, tok, prompt, "think", SamplingParams(max_tokens=30), cache))
+            assert int(cache.n_cached[0]) == len(prompt)
         assert conversation.ids[begun:][-len(generation.ids) :] == generation.ids and int(conversation._cache.n_cached[0]) == len(conversation.ids) - 1
 
 

@@ -279,6 +279,20 @@ def test_what_cannot_be_written_at_the_end_is_noticed(run_folder, ending, code, 
     assert (done.returncode, done.stderr) == (code, words)
 
 
+def test_a_commands_own_error_counts_whatever_becomes_of_its_output(capsys):
+    def failing():
+        print("so far")
+        raise ValueError("its own error")
+
+    assert infer.guarded(failing) == 2 and capsys.readouterr().err == "error: its own error\n"
+    line = "import sys; from dualbranch import infer\ndef f():\n print('so far'); raise ValueError('its own error')\nsys.exit(infer.guarded(f))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for target in ("> /dev/full", "| true"):
+        script = f"set -o pipefail; {sys.executable} -c \"$LINE\" {target}"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment | {"LINE": line})
+        assert (done.returncode, done.stderr) == (2, "error: its own error\n")
+
+
 def test_standard_streams_may_be_closed(run_folder):
     for closed, code in (("<&-", 2), (">&- --mode fast --max-tokens 8 --prompt hi", 0), ("2>&- --mode fast --max-tokens 8 --prompt hi --json", 0)):
         line = f"{sys.executable} {ROOT / 'infer.py'} {closed}"

@@ -89,7 +89,7 @@ def written(folder, evaluation: dict, stages: tuple[str, ...] = ("student", "den
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     lines = [json.dumps({"stage": s, "step": i, "loss": 3.0 / (i + 1), "tokens_per_s": 1000.0}) for s in stages for i in range(50)]
     lines.append(json.dumps({"stage": "evaluation", "step": 0, "part": "x", "accuracy": 0.5}))
-    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"stage": "stud']))
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, "null", '{"stage": "stud']))
     return write_report(folder).read_text()
 
 

@@ -396,6 +396,16 @@ def test_a_teacher_goes_on_from_one_branch_of_its_own_sizes(finished, tmp_path):
     assert made.config.is_dense and all(torch.equal(p, dual.get_parameter(n)) for n, p in made.named_parameters())
 
 
+def test_a_gate_may_be_trained_otherwise_until_it_is_done(tmp_path):
+    c = config(tmp_path)
+    pipeline.open_run(c, resume=False)
+    (c.folder / "dense").mkdir()
+    (c.folder / "dense" / "done").write_text("")
+    pipeline.open_run(config(tmp_path, "gate.lr=0.001"), resume=True)
+    with pytest.raises(pipeline.RunExists, match=r"gate\.default_budget"):  # what the dense student costs
+        pipeline.open_run(config(tmp_path, "gate.default_budget=0.7"), resume=True)
+
+
 def test_a_gate_that_does_not_learn_stops_the_run_and_never_decides_for_fast(finished, tmp_path):
     c, (model, tok) = config(tmp_path, "gate.lr=1e30"), load_checkpoint(finished / "student")
     with pytest.raises(NonFiniteLoss, match=r"lower gate\.lr"):

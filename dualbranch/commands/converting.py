@@ -62,6 +62,8 @@ def config_of(args: argparse.Namespace):
     out = Path(args.out) if args.out else Path("runs") / re.sub(r"[^\w.-]", "-", name)
     if args.student and (args.fast_heads or args.fast_ff):
         raise ValueError("--student is a model with sizes of its own; leave --fast-heads and --fast-ff out")
+    if args.student and not config_of_checkpoint(args.student).is_dense:
+        raise ValueError(f"--student {args.student} has two branches, and a smaller student one; give its slow one: dualbranch export --branch slow")
     model = {name: value for name, value in (("fast_n_heads", args.fast_heads), ("fast_d_ff", args.fast_ff)) if value is not None}
     values = CONVERSION | {"name": out.name, "out": str(out.parent), "teacher": {"checkpoint": args.model}, "model": model}
     if args.student:
@@ -70,6 +72,7 @@ def config_of(args: argparse.Namespace):
         values["data"] = values["data"] | {"corpora": [], "text": args.text}
     if args.steps is not None:
         values["student"] = values["student"] | {"steps": args.steps}
-    if (override(values, args.set).get("student") or {}).get("checkpoint") is None:  # else the sizes are that model's
+    student = override(values, args.set).get("student")
+    if not isinstance(student, dict) or student.get("checkpoint") is None:  # else the sizes are that model's
         values["model"] = to_dict(branch_for(config_of_checkpoint(args.model))) | model
     return from_dict(RunConfig, complete_from_teacher(override(values, args.set)))

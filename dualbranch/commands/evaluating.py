@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n-problems", type=int, metavar="N", help="per task, or of recall per distance (default: 24)")
     what = "of recall: tokens between what is said and when it is asked for (default: 256 1024 2048 4096, those that fit the context)"
     parser.add_argument("--distances", type=int, nargs="+", metavar="N", help=what)
-    parser.add_argument("--precision", default="fp32", metavar="P", help="round the weights first: bf16, int8, int4, or by part (default: %(default)s)")
+    parser.add_argument("--precision", metavar="P", help="round the weights first: bf16, int8, int4, or by part (default: as stored)")
     parser.add_argument("--json", action="store_true", help="print everything measured as JSON")
 
 
@@ -55,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
 
 def load_rounded(args: argparse.Namespace) -> LoadedModel:
     """The model, at the precision asked for."""
-    from dualbranch.precision import quantize
+    from dualbranch.precision import normal_form, quantize
 
     loaded = load(args.model, accept_terms=args.accept_gemma_terms)
-    if args.precision != "fp32":
+    if args.precision is not None and normal_form(args.precision) != loaded.model.precision:
         quantize(loaded.model, args.precision, loaded.tokenizer)
     keep_freed_memory()
     return loaded

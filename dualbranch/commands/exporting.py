@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dualbranch.convert.export import export
+    from dualbranch.convert.export import check_calibrated, export
     from dualbranch.convert.families import text_config
     from dualbranch.convert.names import PIP_MODELS
 
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     known = PIP_MODELS.get(args.model)
     base, rows, default, made = None, None, ("slow", "float32"), f"From `{args.model}`."
     if args.to == "delta":
+        check_calibrated(found.model)
         base, rows, made = base_of(found, with_rows=args.dtype in (None, "int4"))
         known, default = PIP_MODELS.get(base[0]), ("dual", "int4")
     sizes = export(

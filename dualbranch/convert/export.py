@@ -83,8 +83,8 @@ def export(
         raise ValueError(f"this model is packed at {model.precision}; export the one it was quantized from, or all of it to safetensors")
     if to == "delta" and (branch != "dual" or base is None):
         raise ValueError("a delta is branch 'dual' without the model it was converted from; give that model as well")
-    if to == "delta" and model.calibration is None:
-        raise ValueError("the gate of this model isn't calibrated: its run stopped before that; finish the run (--resume), then export")
+    if to == "delta":
+        check_calibrated(model)
     check_vocab(model.config, tokenizer)
     name = name or folder.name
     # An empty folder stays the one it is: a mount point, perhaps, or a link to another disk.
@@ -119,6 +119,12 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return sizes
+
+
+def check_calibrated(model: DualBranchModel) -> None:
+    """Raises ValueError where there is no calibration, as a delta has one."""
+    if not model.config.is_dense and model.calibration is None:
+        raise ValueError("the gate of this model isn't calibrated: its run stopped before that; finish the run (--resume), then export")
 
 
 # ---- which part of a model

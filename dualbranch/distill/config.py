@@ -267,7 +267,7 @@ class RunConfig:
         if self.teacher.blend < 1 and self.teacher.init is None:
             raise ValueError(f"teacher.blend is {self.teacher.blend}, but there is no teacher.init to blend with; leave it out")
         if not any(0 < share < 1 for share in (*self.evaluation.routing_shares, self.gate.default_budget)):
-            raise ValueError("evaluation.routing_shares and gate.default_budget: at least one must lie between 0 and 1, for routes to be compared at it")
+            raise ValueError("evaluation.routing_shares and gate.default_budget: at least one must lie between 0 and 1; routes are compared at these shares")
         s = self.student
         check_weights("student.routes", s.routes)
         if s.checkpoint and (s.init, s.freeze_slow) not in (("teacher", True), ("smaller", False)):

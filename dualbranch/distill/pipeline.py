@@ -62,14 +62,14 @@ def run(config: RunConfig, resume: bool = False) -> Path:
     teacher, tok = make_teacher(config, folder, log, device)
     if config.until == "teacher":
         return folder
-    if config.data.has_problems and not tok.thinks:
+    if config.data.has_problems and not tok.thinks and (config.data.thinking > 0 or not config.model.is_dense):
         raise ValueError(
-            f"data.text_share is {config.data.text_share:g}, so there are problems with reasoning, and {config.teacher.checkpoint} has no thinking mode;"
+            f"data.text_share is {config.data.text_share:g}, so there are problems to reason about, and {config.teacher.checkpoint} has no thinking mode;"
             " set data.text_share to 1, or teach it one first (teacher.init, as in configs/smollm2-reason.yaml)"
         )
     config = with_solutions(with_self_text(config, folder, teacher, tok), folder, teacher, tok, log)
-    if not config.data.has_problems and not (folder / "gate" / "done").exists():
-        stages.source(config, tok, "valid", purpose=3)  # what the gate is calibrated on: there must be some
+    if not config.data.has_problems and not (folder / "evaluation.json").exists():
+        stages.source(config, tok, "valid")  # what the gate is calibrated and the run evaluated on: there must be some
     model_config = dataclasses.replace(config.model, vocab_size=teacher.config.vocab_size)
     student = make_student(config, model_config, folder / "student", "student", teacher, tok, log)
     dense = None
@@ -97,7 +97,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Opens all that later stages will read. Raises ValueError for what is not there: hours later would be too late."""
+    """Reads all that later stages will read. Raises ValueError for what is not there: hours later would be too late."""
     d, e, longest = config.data, config.evaluation, config.model.max_seq_len
     if d.seq_len > longest:
         raise ValueError(f"data.seq_len is {d.seq_len}, and the model reads {longest} tokens (max_seq_len); set data.seq_len to {longest} at most")
@@ -119,8 +119,8 @@ def settled(config: RunConfig, folder: Path) -> dict:
     """The settings that what `folder` holds depends on: a run can go on with other ones for what is not done yet, and for how it is done."""
     values = to_dict(config)
     del values["until"], values["save_every"], values["data"]["workers"], values["out"], values["name"]  # a folder may be moved
-    if not (folder / "gate" / "done").exists() and not (folder / "dense").exists():  # the dense student costs what the default budget does
-        del values["gate"]
+    if not (folder / "gate" / "done").exists():  # the dense student costs what the default budget does
+        values["gate"] = {"default_budget": config.gate.default_budget} if (folder / "dense").exists() else {}
     if not (folder / "evaluation.json").exists():
         del values["evaluation"]
     return values
@@ -135,7 +135,7 @@ def open_run(config: RunConfig, resume: bool) -> Path:
             if not resume:
                 raise RunExists(f"{folder} holds a run already; continue it with --resume, or start another with --set name=NEW")
             before, now = (settled(c, folder) for c in (load_yaml(saved, RunConfig), config))
-            made = {path.name for path in folder.iterdir()} - {"config.yaml", "metrics.jsonl"}
+            made = any(path.is_file() and path not in (saved, folder / "metrics.jsonl") for path in folder.rglob("*"))  # else no work is lost
             if made and (different := differences(before, now)):
                 raise RunExists(f"{folder} was made with another config ({'; '.join(different[:4])}); undo that, or start another run with --set name=NEW")
         try:
@@ -173,11 +173,13 @@ def make_teacher(config: RunConfig, folder: Path, log: MetricsLog, device: torch
             stages.train_tokenizer(config, path)
         dist.barrier()
         tok = Tokenizer.load(path)
+        vocab_size = tok.vocab_size
     else:
-        tok = load_to_train(config.teacher.init, dense=True).tokenizer
+        loaded = load_to_train(config.teacher.init, dense=True)
+        tok, vocab_size = loaded.tokenizer, loaded.model.config.vocab_size  # which may be more than it has tokens
         if config.data.has_problems and not tok.thinks:
             tok = with_thinking(tok)
-    sized = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tok.vocab_size))
+    sized = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
     return stage(folder / "teacher", tok, device, lambda: stages.train_teacher(sized, tok, folder / "teacher", log, device)), tok
 
 
@@ -220,10 +222,8 @@ def starting_point(config: RunConfig, teacher: DualBranchModel, tok: Tokenizer) 
     if student.config.vocab_size != teacher.config.vocab_size:
         raise ValueError(f"student.checkpoint has {student.config.vocab_size} tokens and the teacher {teacher.config.vocab_size}; they must share a vocabulary")
     if any(loaded.tokenizer.encode(text) != tok.encode(text) for text in PROBES):
-        raise ValueError(
-            f"student.checkpoint {config.student.checkpoint} has another tokenizer than the teacher ({loaded.tokenizer.hash[:12]}, needed {tok.hash[:12]});"
-            " a student learns from a teacher that reads the same tokens"
-        )
+        hashes = f"sha256 {loaded.tokenizer.hash[:12]}, the teacher's {tok.hash[:12]}"
+        raise ValueError(f"student.checkpoint {config.student.checkpoint} has a tokenizer that reads text otherwise than the teacher's ({hashes})")
     if config.student.freeze_slow:
         own, of_teacher = student.state_dict(), slow_model(teacher).state_dict()
         if not all(torch.equal(own[name], weight) for name, weight in of_teacher.items()):

@@ -367,12 +367,12 @@ def train_gate(config: RunConfig, tok: Tokenizer, model: DualBranchModel, log: L
             group["lr"] = c.lr * (1 - step / c.steps)
         pick = torch.randint(len(x), (min(len(x), 8192),), generator=rng)
         gate_loss = F.mse_loss(gate.need(x[pick]), target[pick])
-        if not torch.isfinite(gate_loss):
-            raise NonFiniteLoss(f"gate: the loss is {float(gate_loss.detach())} at step {step}; lower gate.lr (now {c.lr:g}), the student is kept")
         optimizer.zero_grad()
         gate_loss.backward()
         optimizer.step()
         log({"stage": "gate", "step": step, "loss": float(gate_loss.detach())})
+    if not all(p.isfinite().all() for p in gate.parameters()):
+        raise NonFiniteLoss(f"the gate became NaN or infinite; go on with --resume and a lower gate.lr (now {c.lr:g}), the student is kept")
     held_out, kl, confidence = collect(config, model, tok, source(config, tok, "valid", purpose=3), c.calibration_rows)
     fast, slow = (model.cost(route, n_cached=128).flops for route in ("fast", "slow"))
     with torch.no_grad():
