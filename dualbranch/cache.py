@@ -55,7 +55,8 @@ class KVCache:
         self.config, self.capacity = config, -(-capacity // block) * block
         shape = (n_rows, config.n_kv_heads, self.capacity, config.head_dim)
         pooled_shape = (n_rows, self.capacity // block, config.n_kv_heads, config.head_dim)
-        n_bytes, _ = math.prod(shape) * dtype.itemsize, torch.empty(0, device=device)  # an unknown device is another matter
+        n_bytes = math.prod(shape) * dtype.itemsize
+        torch.empty(0, device=device)  # an unknown device is another matter than too little memory
         try:
             if torch.device(device).type == "cpu":
                 tensors = [t.view(dtype).view(shape) for t in in_huge_pages([n_bytes] * (2 * config.n_layers))]
