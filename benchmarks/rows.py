@@ -92,9 +92,8 @@ def main(argv: list[str] | None = None) -> dict:
     for r in results:
         ms = [r["ms"][way] for way in WAYS]
         times = (f"{m['median']:.1f} ({m['low']:.1f} to {m['high']:.1f})" for m in ms)
-        table.add_row(
-            r["route"], str(r["rows"]), str(r["new"]), *times, f"{r['of_one_pass']['median']:.2f}", f"{1e3 * r['rows'] * r['new'] / ms[0]['median']:.0f}"
-        )
+        rate = f"{1e3 * r['rows'] * r['new'] / ms[0]['median']:.0f}"
+        table.add_row(r["route"], str(r["rows"]), str(r["new"]), *times, f"{r['of_one_pass']['median']:.2f}", rate, f"{r['differ']:.3f}")
     Console(stderr=True, width=140).print(table)
     record = {"benchmark": "rows", "checkpoint": args.checkpoint, "context": args.context, **about(model), "results": results}
     print(json.dumps(record))

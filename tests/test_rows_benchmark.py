@@ -32,7 +32,8 @@ def checkpoint(tmp_path, monkeypatch):
 
 def test_rows_and_new_tokens_are_timed_both_ways(checkpoint, capsys):
     found = rows.main([checkpoint, "--rows", "1", "3", "--new", "2", "--context", "20", "--repeats", "2"])
-    assert json.loads(capsys.readouterr().out) == found
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == found and all(f" {r['differ']:.3f} " in shown.err for r in found["results"])
     assert [(r["route"], r["rows"], r["new"]) for r in found["results"]] == [(route, *n) for route in ("slow", "fast") for n in ((1, 1), (3, 1), (1, 2))]
     assert all(r["ms"][way]["median"] > 0 for r in found["results"] for way in rows.WAYS)
 
