@@ -120,7 +120,7 @@ class DualBranchModel(nn.Module):
         kind = self.device.type
         if torch.is_autocast_enabled(kind):
             return torch.get_autocast_dtype(kind)
-        return product_dtype(n_tokens, self.device) if self._packs_keys else self.dtype
+        return product_dtype(n_tokens, self.device) if self.packs_keys else self.dtype
 
     def cost(self, route: str | float = "slow", n_cached: int = 0) -> accounting.Cost:
         """Parameters, FLOPs and KV bytes of one token with `n_cached` tokens before it; `route` is "slow", "fast" or a share of slow tokens."""
@@ -129,10 +129,10 @@ class DualBranchModel(nn.Module):
     @property
     def cache_dtype(self) -> torch.dtype:
         """Of keys and values in the cache: the model's, and bf16 where the matrices that make them are packed (what those lose in rounding is more)."""
-        return torch.bfloat16 if self._packs_keys else self.dtype
+        return torch.bfloat16 if self.packs_keys else self.dtype
 
     @property
-    def _packs_keys(self) -> bool:
+    def packs_keys(self) -> bool:
         """Whether the matrices of keys and values are packed, and with them the slow branch's."""
         return isinstance(self.blocks[0].kv.w_k, PackedLinear)
 

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from dualbranch import dynamic, prompt
 from dualbranch.block import Block
 from dualbranch.cache import KVCache
-from dualbranch.packed import FEW, Normed, PackedLinear, PackedMatrix, ProductNorm, kept, logits_of, transposed
+from dualbranch.packed import FEW, Normed, PackedMatrix, ProductNorm, kept, logits_of, transposed
 from dualbranch.prompt import ModuleStep, PromptBlock
 from dualbranch.routing import Angles, Decide, Partition
 from dualbranch.sparse_prompt import GROUP, MOST_BLOCKS, NONE, best, ranges
@@ -260,7 +260,7 @@ class Layer(NamedTuple):
 
 def few_tokens(model: DualBranchModel) -> tuple[int, int]:
     """How many new tokens of one row, and of several that get one each, are computed one by one at most."""
-    if not isinstance(model.blocks[0].kv.w_k, PackedLinear):
+    if not model.packs_keys:
         return FEW_IN_FP32, FEW_IN_FP32
     return (FEW, FEW) if has_bf16_units(model.device) else (FEW_OF_A_ROW, FEW_OF_ROWS)
 
@@ -274,7 +274,6 @@ class Runner:
         plain, c = plain_steps(model), model.config
         self.model, self.steps = model, steps
         self.few, self.few_of_rows = few_tokens(model)
-        self.cache_dtype = model.cache_dtype  # steps are compiled for it
         self.blocks = [PromptBlock(block, steps) for block in model.blocks]
         self.layers = [{slow: self._layer(block, slow) for slow in (True, False) if (block.slow if slow else block.fast) is not None} for block in model.blocks]
         self.embed = partial(steps["embed"], plain["embed"].weights_of(model.embed))
@@ -298,8 +297,8 @@ class Runner:
         return self.steps[unpack_name(bits, dtype)](*((words,) if scales is None else (words, scales)))  # compiled, it takes nothing but tensors
 
     def takes(self, tokens: Tensor, route: str | Tensor, cache: KVCache | None) -> bool:
-        """Whether a pass is one for it: a few new tokens of cached rows, each by one branch, without gradient."""
-        if cache is None or cache.dtype != self.cache_dtype or (isinstance(route, str) and route == "soft") or torch.is_grad_enabled():
+        """Whether a pass is one for it: a few new tokens of rows cached in the dtype that steps are compiled for, each by one branch, without gradient."""
+        if cache is None or cache.dtype != self.model.cache_dtype or (isinstance(route, str) and route == "soft") or torch.is_grad_enabled():
             return False
         return tokens.numel() <= (self.few_of_rows if tokens.shape[1] == 1 else self.few)
 
